@@ -1,0 +1,90 @@
+"""One decoder block, dense or mixture-of-experts.
+
+    x += attention(RMS(x));  x += feed_forward(RMS(x))
+    feed_forward(x) = SwiGLU(x)  or  sum_k w_k expert_k(x) + SwiGLU_shared(x)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.dims import Array, Params, ParamSpec, Specs
+from kimi_jax.layers import experts, mla, mlp, router
+from kimi_jax.layers.module import declare
+from kimi_jax.layers.norm import rms_norm
+
+
+class BlockStats(NamedTuple):
+    """What one block can report; all but the first have no entries in a dense block."""
+
+    max_logits_BN: Array  # largest attention logit over allowed pairs
+    load_E: Array  # valid tokens per expert
+    balance_loss: Array  # sequence-wise, unweighted
+    experts_BTK: Array  # the router's choice
+
+
+def specs(cfg: ModelConfig, dense: bool) -> Specs:
+    D, std = cfg.hidden_size, cfg.initializer_range
+    gain = ParamSpec((D,), ("embed",), fill=1.0)
+    common = {"attn_norm": gain, "attn": mla.specs(cfg), "mlp_norm": gain}
+    if dense:
+        return common | {"mlp": mlp.specs(D, cfg.intermediate_size, std)}
+    moe = {"router": router.specs(cfg), "experts": experts.specs(cfg)}
+    if cfg.n_shared_experts:
+        moe["shared"] = mlp.specs(D, cfg.moe_intermediate_size * cfg.n_shared_experts, std)
+    return common | {"moe": moe}
+
+
+def attend(p: Params, cfg: ModelConfig, x_BTD: Array, pos: mla.Positions) -> tuple[Array, Array]:
+    """x plus naive attention over the tokens of x themselves, and the largest logits [B, N]."""
+    h_BTD = rms_norm(x_BTD, p["attn_norm"], cfg.rms_norm_eps)
+    query, latent = mla.queries(p["attn"], cfg, h_BTD, pos), mla.latents(p["attn"], cfg, h_BTD, pos)
+    y_BTD, max_logits_BN = mla.naive(p["attn"], cfg, query, latent, pos)
+    return x_BTD + y_BTD, max_logits_BN
+
+
+def attend_cached(p: Params, cfg: ModelConfig, x_BTD: Array, pos: mla.Positions, cache: mla.Cache, start_B: Array):
+    """x plus absorbed attention over the cache, to which the tokens of x are added first. Returns x and the cache."""
+    h_BTD = rms_norm(x_BTD, p["attn_norm"], cfg.rms_norm_eps)
+    query, latent = mla.queries(p["attn"], cfg, h_BTD, pos), mla.latents(p["attn"], cfg, h_BTD, pos)
+    cache = mla.Cache(*(mla.write(old, new, start_B) for old, new in zip(cache, latent, strict=True)))
+    y_BTD, _ = mla.absorbed(p["attn"], cfg, query, cache, pos)
+    return x_BTD + y_BTD, cache
+
+
+def feed_forward(p: Params, cfg: ModelConfig, x_BTD: Array, run_experts=experts.run) -> tuple[Array, router.Routing | None]:
+    """x plus the block's feed-forward layer, and the routing if there was any."""
+    B, T, D = x_BTD.shape
+    h_BTD = rms_norm(x_BTD, p["mlp_norm"], cfg.rms_norm_eps)
+    if "mlp" in p:
+        return x_BTD + mlp.mlp(p["mlp"], h_BTD), None
+    h_MD = h_BTD.reshape(-1, D)
+    routing = router.route(p["moe"]["router"], cfg, h_MD)
+    y_BTD = run_experts(p["moe"]["experts"], cfg, h_MD, routing).reshape(B, T, D)
+    if cfg.n_shared_experts:
+        y_BTD = y_BTD + mlp.mlp(p["moe"]["shared"], h_BTD)
+    return x_BTD + y_BTD, routing
+
+
+class Block(nn.Module):
+    """Binds one block's parameters; ``nn.scan`` stacks it."""
+
+    cfg: ModelConfig
+    dense: bool
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, pos: mla.Positions, valid_BT: Array) -> tuple[Array, BlockStats]:
+        p = declare(self, specs(self.cfg, self.dense), self.cfg.param_dtype)
+        x_BTD, max_logits_BN = attend(p, self.cfg, x_BTD, pos)
+        x_BTD, routing = feed_forward(p, self.cfg, x_BTD)
+        if routing is None:
+            none = jnp.zeros(0)
+            return x_BTD, BlockStats(max_logits_BN, none, none, none)
+        load_BE = router.loads(routing, valid_BT)
+        loss = router.sequence_balance_loss(routing, load_BE, valid_BT)
+        experts_BTK = routing.experts_MK.reshape(*valid_BT.shape, -1)
+        return x_BTD, BlockStats(max_logits_BN, jnp.sum(load_BE, axis=0), loss, experts_BTK)

@@ -1,0 +1,28 @@
+"""The gated feed-forward layer: y = (silu(x W_gate) * (x W_up)) W_down (SwiGLU, arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kimi_jax.dims import Array, Params, ParamSpec, Specs
+from kimi_jax.layers.linear import contract
+
+
+def specs(D: int, F: int, std: float) -> Specs:
+    return {
+        "gate": ParamSpec((D, F), ("embed", "mlp"), std),
+        "up": ParamSpec((D, F), ("embed", "mlp"), std),
+        "down": ParamSpec((F, D), ("mlp", "embed"), std),
+    }
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up, computed in f32 and returned in the dtype of the operands."""
+    gate_f32 = gate.astype(jnp.float32)
+    return (jax.nn.silu(gate_f32) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def mlp(p: Params, x_BTD: Array) -> Array:
+    h_BTF = swiglu(contract("BTD,DF->BTF", x_BTD, p["gate"]), contract("BTD,DF->BTF", x_BTD, p["up"]))
+    return contract("BTF,FD->BTD", h_BTF, p["down"])

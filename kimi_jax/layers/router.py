@@ -1,0 +1,82 @@
+"""The sigmoid router with a selection bias, and the two ways in which Kimi-K2 balances its experts.
+
+    s = sigmoid(x W_g)            in f32
+    chosen = top_K(s + b)         the bias b steers the choice and nothing else
+    w = scale * s / sum(s)        over the chosen
+
+(DeepSeek-V3, arXiv 2412.19437, section 2.1.2.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.dims import BUFFER, Array, Params, ParamSpec, Specs
+
+
+class Routing(NamedTuple):
+    experts_MK: Array  # int32, which experts each token goes to
+    weights_MK: Array  # f32, how much each counts
+    scores_ME: Array  # f32, sigmoid scores of all experts
+
+
+def specs(cfg: ModelConfig) -> Specs:
+    D, E = cfg.hidden_size, cfg.n_routed_experts
+    return {
+        "weight": ParamSpec((D, E), ("embed", "router"), cfg.initializer_range),
+        "bias": ParamSpec((E,), (BUFFER,), fill=0.0),
+    }
+
+
+def route(p: Params, cfg: ModelConfig, x_MD: Array) -> Routing:
+    logits_ME = jnp.einsum(
+        "MD,DE->ME",
+        x_MD.astype(jnp.float32),
+        p["weight"].astype(jnp.float32),
+        precision=lax.Precision.HIGHEST,
+    )
+    scores_ME = jax.nn.sigmoid(logits_ME)
+    _, experts_MK = lax.top_k(lax.stop_gradient(scores_ME + p["bias"]), cfg.num_experts_per_tok)
+    weights_MK = jnp.take_along_axis(scores_ME, experts_MK, axis=-1)
+    if cfg.norm_topk_prob:
+        weights_MK /= jnp.sum(weights_MK, axis=-1, keepdims=True) + 1e-20
+    return Routing(experts_MK, weights_MK * cfg.routed_scaling_factor, scores_ME)
+
+
+def loads(routing: Routing, valid_BT: Array) -> Array:
+    """How many valid tokens of each sequence go to each expert, [B, E] f32."""
+    B, T = valid_BT.shape
+    E = routing.scores_ME.shape[-1]
+    per_row_BTK = routing.experts_MK.reshape(B, T, -1) + E * jnp.arange(B)[:, None, None]
+    counts = jnp.zeros(B * E, jnp.float32).at[per_row_BTK].add(valid_BT[..., None].astype(jnp.float32))
+    return counts.reshape(B, E)
+
+
+def sequence_balance_loss(routing: Routing, load_BE: Array, valid_BT: Array) -> Array:
+    """mean over sequences of sum_i f_i P_i: f_i = E / (K T) * load_i, P_i the mean normalised score of expert i.
+
+    1 when perfectly balanced (DeepSeek-V3, equations 17 to 20, without the weight alpha). T counts valid tokens.
+    """
+    B, T = valid_BT.shape
+    E, K = routing.scores_ME.shape[-1], routing.experts_MK.shape[-1]
+    share_BTE = (routing.scores_ME / (jnp.sum(routing.scores_ME, axis=-1, keepdims=True) + 1e-20)).reshape(B, T, E)
+    n_B = jnp.sum(valid_BT, axis=1, dtype=jnp.float32)
+    some_B1 = jnp.maximum(n_B, 1.0)[:, None]
+    f_BE = lax.stop_gradient(load_BE) * E / (K * some_B1)
+    P_BE = jnp.einsum("BTE,BT->BE", share_BTE, valid_BT.astype(jnp.float32)) / some_B1
+    return jnp.sum(f_BE * P_BE) / jnp.maximum(jnp.sum(n_B > 0), 1)
+
+
+def updated_bias(bias_LE: Array, load_LE: Array, rate: float) -> Array:
+    """b_i += rate * (sign(e_i) - mean_j sign(e_j)), e_i = mean load - load_i, per layer.
+
+    Auxiliary-free balancing (DeepSeek-V3, section 2.1.2) in the centred form of Moonlight (arXiv 2502.16982, appendix
+    C): the mean of the bias does not drift. Once per optimizer step, with the loads of the whole global batch.
+    """
+    direction_LE = jnp.sign(jnp.mean(load_LE, axis=-1, keepdims=True) - load_LE)
+    return bias_LE + rate * (direction_LE - jnp.mean(direction_LE, axis=-1, keepdims=True))
