@@ -79,7 +79,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # of the matrix products
     param_dtype: str = "float32"  # of the stored weights
     remat: str = "none"  # which activations of a block are recomputed: see model.REMAT_POLICIES
-    experts: str = "sorted"  # how experts are computed: see layers.experts.EXPERT_PATHS
+    experts: str = "fastest"  # how experts are computed: see layers.experts.EXPERT_PATHS
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -97,7 +97,9 @@ class ModelConfig:
                 f"not {self.first_k_dense_replace}"
             )
         if self.qk_rope_head_dim % 2:
-            raise UserError(f"model.qk_rope_head_dim must be even (rotation acts on pairs), not {self.qk_rope_head_dim}")
+            raise UserError(
+                f"model.qk_rope_head_dim must be even (rotation acts on pairs), not {self.qk_rope_head_dim}"
+            )
         if self.rope.factor < 1:
             raise UserError(f"model.rope.factor must be at least 1, not {self.rope.factor}")
         for name in ("dtype", "param_dtype"):
@@ -227,7 +229,10 @@ def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Builds a frozen dataclass from a mapping; unknown, missing and mistyped keys raise ``UserError``."""
+    """Builds a frozen dataclass from a mapping; unknown, missing and mistyped keys raise ``UserError``.
+
+    A nested dataclass with a ``from_string`` may be given as a plain string.
+    """
     hints = get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -251,6 +256,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return value
         if isinstance(value, Mapping):
             return from_dict(hint, value, where)  # type: ignore[arg-type]
+        if isinstance(value, str) and hasattr(hint, "from_string"):
+            return hint.from_string(value)  # type: ignore[attr-defined]
     elif get_origin(hint) is tuple:
         item = get_args(hint)[0]
         if isinstance(value, (list, tuple)):

@@ -20,7 +20,6 @@ from kimi_jax.config import ModelConfig
 from kimi_jax.dims import LAYERS, VOCAB, Array, Params, ParamSpec, Specs, is_spec, map_specs
 from kimi_jax.errors import UserError
 from kimi_jax.layers import block, mla
-from kimi_jax.layers.attention import causal_mask
 from kimi_jax.layers.linear import product
 from kimi_jax.layers.module import declare
 from kimi_jax.layers.norm import rms_norm
@@ -71,8 +70,8 @@ def parameter_count(cfg: ModelConfig) -> int:
     return sum(math.prod(spec.shape) for spec in leaves if not spec.is_buffer)
 
 
-def positions(cfg: ModelConfig, positions_BT: Array, allowed_BTS: Array) -> mla.Positions:
-    return mla.Positions(*angles(positions_BT, cfg.rope, cfg.qk_rope_head_dim), allowed_BTS)
+def positions(cfg: ModelConfig, positions_BT: Array) -> mla.Positions:
+    return mla.Positions(*angles(positions_BT, cfg.rope, cfg.qk_rope_head_dim))
 
 
 def embed(params: Params, cfg: ModelConfig, tokens_BT: Array) -> Array:
@@ -126,12 +125,12 @@ class KimiK2(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
-        cfg, valid_BT = self.cfg, segment_ids_BT > 0
-        pos = positions(cfg, positions_BT, causal_mask(segment_ids_BT))
+        cfg = self.cfg
+        pos = positions(cfg, positions_BT)
         x_BTD = embed(self.top, cfg, tokens_BT)
         found = []
         for name, _, _ in _stacks(cfg):
-            x_BTD, stats = getattr(self, name)(x_BTD, pos, valid_BT)
+            x_BTD, stats = getattr(self, name)(x_BTD, pos, segment_ids_BT)
             found.append(stats)
         x_BTD = rms_norm(x_BTD, self.top["norm"], cfg.rms_norm_eps)
         return x_BTD, _gather_stats(cfg, found)

@@ -39,20 +39,22 @@ def specs(cfg: ModelConfig, dense: bool) -> Specs:
     return common | {"moe": moe}
 
 
-def attend(p: Params, cfg: ModelConfig, x_BTD: Array, pos: mla.Positions) -> tuple[Array, Array]:
+def attend(p: Params, cfg: ModelConfig, x_BTD: Array, pos: mla.Positions, segment_ids_BT: Array) -> tuple[Array, Array]:
     """x plus naive attention over the tokens of x themselves, and the largest logits [B, N]."""
     h_BTD = rms_norm(x_BTD, p["attn_norm"], cfg.rms_norm_eps)
     query, latent = mla.queries(p["attn"], cfg, h_BTD, pos), mla.latents(p["attn"], cfg, h_BTD, pos)
-    y_BTD, max_logits_BN = mla.naive(p["attn"], cfg, query, latent, pos)
+    y_BTD, max_logits_BN = mla.naive(p["attn"], cfg, query, latent, segment_ids_BT)
     return x_BTD + y_BTD, max_logits_BN
 
 
-def attend_cached(p: Params, cfg: ModelConfig, x_BTD: Array, pos: mla.Positions, cache: mla.Cache, start_B: Array):
-    """x plus absorbed attention over the cache, to which the tokens of x are added first. Returns x and the cache."""
+def attend_cached(
+    p: Params, cfg: ModelConfig, x_BTD: Array, pos: mla.Positions, cache: mla.Cache, start_B: Array, allowed_BTS: Array
+) -> tuple[Array, mla.Cache]:
+    """x plus absorbed attention over the cache, in which the tokens of x are stored first from slot ``start`` on."""
     h_BTD = rms_norm(x_BTD, p["attn_norm"], cfg.rms_norm_eps)
     query, latent = mla.queries(p["attn"], cfg, h_BTD, pos), mla.latents(p["attn"], cfg, h_BTD, pos)
     cache = mla.Cache(*(mla.write(old, new, start_B) for old, new in zip(cache, latent, strict=True)))
-    y_BTD, _ = mla.absorbed(p["attn"], cfg, query, cache, pos)
+    y_BTD, _ = mla.absorbed(p["attn"], cfg, query, cache, allowed_BTS)
     return x_BTD + y_BTD, cache
 
 
@@ -64,7 +66,8 @@ def feed_forward(p: Params, cfg: ModelConfig, x_BTD: Array, run_experts=experts.
         return x_BTD + mlp.mlp(p["mlp"], h_BTD), None
     h_MD = h_BTD.reshape(-1, D)
     routing = router.route(p["moe"]["router"], cfg, h_MD)
-    y_BTD = run_experts(p["moe"]["experts"], cfg, h_MD, routing).reshape(B, T, D)
+    y_MD = run_experts(p["moe"]["experts"], cfg, h_MD, routing.weights_MK, routing.experts_MK)
+    y_BTD = y_MD.reshape(B, T, D)
     if cfg.n_shared_experts:
         y_BTD = y_BTD + mlp.mlp(p["moe"]["shared"], h_BTD)
     return x_BTD + y_BTD, routing
@@ -77,13 +80,14 @@ class Block(nn.Module):
     dense: bool
 
     @nn.compact
-    def __call__(self, x_BTD: Array, pos: mla.Positions, valid_BT: Array) -> tuple[Array, BlockStats]:
+    def __call__(self, x_BTD: Array, pos: mla.Positions, segment_ids_BT: Array) -> tuple[Array, BlockStats]:
         p = declare(self, specs(self.cfg, self.dense), self.cfg.param_dtype)
-        x_BTD, max_logits_BN = attend(p, self.cfg, x_BTD, pos)
+        x_BTD, max_logits_BN = attend(p, self.cfg, x_BTD, pos, segment_ids_BT)
         x_BTD, routing = feed_forward(p, self.cfg, x_BTD)
         if routing is None:
             none = jnp.zeros(0)
             return x_BTD, BlockStats(max_logits_BN, none, none, none)
+        valid_BT = segment_ids_BT > 0
         load_BE = router.loads(routing, valid_BT)
         loss = router.sequence_balance_loss(routing, load_BE, valid_BT)
         experts_BTK = routing.experts_MK.reshape(*valid_BT.shape, -1)

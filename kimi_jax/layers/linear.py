@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -14,10 +15,8 @@ from kimi_jax.dims import Array
 
 def product(spec: str, x: Array, y: Array) -> Array:
     """``jnp.einsum(spec, x, y)`` accumulated and returned in f32; f32 operands are multiplied in full precision."""
-    full = x.dtype == jnp.float32
-    return jnp.einsum(
-        spec, x, y, precision=lax.Precision.HIGHEST if full else None, preferred_element_type=jnp.float32
-    )
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -46,21 +45,27 @@ def _contract_bwd(spec: str, residuals, dy: Array):
 contract.defvjp(_contract_fwd, _contract_bwd)
 
 
-def weight_gradient(spec: str, x: Array, dy: Array) -> Array:
-    """``product(spec, x, dy)`` over the leading (token) axes of both.
+def transposed(x: Array) -> Array:
+    """The last two axes swapped; on CPU also in memory, which XLA would otherwise avoid.
 
-    XLA:CPU multiplies bf16 at full speed only when the contracted axis of the first operand is minor in memory: there,
-    the transpose is made explicitly (measured: 2.2 times faster).
+    XLA:CPU multiplies bf16 at full speed only if the contracted axis is minor in the first operand and not in the
+    second (measured: 2.2 times faster for weight gradients, 3 times in batched products).
     """
-    if x.dtype != jnp.bfloat16:
+
+    def in_memory(x: Array) -> Array:
+        return with_layout_constraint(x.swapaxes(-1, -2), Layout(tuple(range(x.ndim))))
+
+    return lax.platform_dependent(x, cpu=in_memory, default=lambda x: x.swapaxes(-1, -2))
+
+
+def weight_gradient(spec: str, x: Array, dy: Array) -> Array:
+    """``product(spec, x, dy)``: the gradient of weights from the layer's input and the gradient of its output."""
+    inputs, w_axes = spec.split("->")
+    x_axes, dy_axes = inputs.split(",")
+    n = next(i for i, axis in enumerate(x_axes) if axis in w_axes)  # leading axes: tokens
+    kept, new = x_axes[n:], dy_axes[n:]
+    if x.dtype != jnp.bfloat16 or x_axes[:n] != dy_axes[:n] or set(kept) & set(new):
         return product(spec, x, dy)
-    x_axes, rest = spec.split(",", 1)
-    summed = [axis for axis in x_axes if axis not in rest.split("->")[1]]
-    kept = [axis for axis in x_axes if axis not in summed]
-    order = [x_axes.index(axis) for axis in kept + summed]
-
-    def transposed(x: Array, dy: Array) -> Array:
-        x_minor = with_layout_constraint(x.transpose(order), Layout(tuple(range(x.ndim))))
-        return product(f"{''.join(kept + summed)},{rest}", x_minor, dy)
-
-    return lax.platform_dependent(x, dy, cpu=transposed, default=partial(product, spec))
+    tokens = math.prod(x.shape[:n])
+    dw = product("xm,my->xy", transposed(x.reshape(tokens, -1)), dy.reshape(tokens, -1))
+    return jnp.einsum(f"{kept}{new}->{w_axes}", dw.reshape(*x.shape[n:], *dy.shape[n:]))

@@ -15,11 +15,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import HEADS, Array, Fused, Params, ParamSpec, Specs
-from kimi_jax.layers.attention import masked_softmax
+from kimi_jax.layers.attention import attention, masked_softmax
 from kimi_jax.layers.linear import contract, product
 from kimi_jax.layers.norm import rms_norm
 from kimi_jax.layers.rope import rotate
@@ -39,7 +38,6 @@ class Positions(NamedTuple):
 
     cos: Array
     sin: Array
-    allowed_BTS: Array
 
 
 def specs(cfg: ModelConfig) -> Specs:
@@ -80,20 +78,19 @@ def latents(p: Params, cfg: ModelConfig, x_BTD: Array, pos: Positions) -> tuple[
     return rms_norm(c_BTC, p["kv_norm"], LATENT_EPS), rotate(k_rope_BTR, pos.cos, pos.sin)
 
 
-def naive(p: Params, cfg: ModelConfig, q: tuple[Array, Array], kv: tuple[Array, Array], pos: Positions):
+def naive(p: Params, cfg: ModelConfig, q: tuple[Array, Array], kv: tuple[Array, Array], segment_ids_BT: Array):
     """Attention over keys and values expanded per head. Returns y [B, T, D] and the largest logits [B, N]."""
     q_BTNX = jnp.concatenate(q, axis=-1)
     c_BSC, k_rope_BSR = kv
     k_nope_BSNH, v_BSNW = jnp.split(contract("BSC,CNX->BSNX", c_BSC, p["kv_b"]), [cfg.qk_nope_head_dim], axis=-1)
     k_rope_BSNR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSNH.shape[:3], cfg.qk_rope_head_dim))
     k_BSNX = jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1)
-    logits_BNTS = cfg.softmax_scale * product("BTNX,BSNX->BNTS", q_BTNX, k_BSNX)
-    weights_BNTS, max_logits_BN = masked_softmax(logits_BNTS, pos.allowed_BTS)
-    out_BTNW = product("BNTS,BSNW->BTNW", weights_BNTS.astype(v_BSNW.dtype), v_BSNW).astype(v_BSNW.dtype)
-    return contract("BTNW,NWD->BTD", out_BTNW, p["o"]), max_logits_BN
+    heads_first = [a.swapaxes(1, 2) for a in (q_BTNX, k_BSNX, v_BSNW)]
+    o_BNTW, max_logits_BN = attention(*heads_first, segment_ids_BT, cfg.softmax_scale)
+    return contract("BTNW,NWD->BTD", o_BNTW.swapaxes(1, 2), p["o"]), max_logits_BN
 
 
-def absorbed(p: Params, cfg: ModelConfig, q: tuple[Array, Array], kv: tuple[Array, Array], pos: Positions):
+def absorbed(p: Params, cfg: ModelConfig, q: tuple[Array, Array], kv: tuple[Array, Array], allowed_BTS: Array):
     """The same attention on the latents themselves: W_kvb is applied to the queries and to the mixed latents."""
     q_nope_BTNH, q_rope_BTNR = q
     c_BSC, k_rope_BSR = kv
@@ -102,10 +99,10 @@ def absorbed(p: Params, cfg: ModelConfig, q: tuple[Array, Array], kv: tuple[Arra
     logits_BNTS = cfg.softmax_scale * (
         product("BTNC,BSC->BNTS", q_latent_BTNC, c_BSC) + product("BTNR,BSR->BNTS", q_rope_BTNR, k_rope_BSR)
     )
-    weights_BNTS, max_logits_BN = masked_softmax(logits_BNTS, pos.allowed_BTS)
+    weights_BNTS, max_logits_BN = masked_softmax(logits_BNTS, allowed_BTS)
     mixed_BTNC = product("BNTS,BSC->BTNC", weights_BNTS.astype(c_BSC.dtype), c_BSC).astype(c_BSC.dtype)
-    out_BTNW = contract("BTNC,CNW->BTNW", mixed_BTNC, w_v_CNW)
-    return contract("BTNW,NWD->BTD", out_BTNW, p["o"]), max_logits_BN
+    o_BTNW = contract("BTNC,CNW->BTNW", mixed_BTNC, w_v_CNW)
+    return contract("BTNW,NWD->BTD", o_BTNW, p["o"]), max_logits_BN
 
 
 def write(cache_BSX: Array, new_BTX: Array, start_B: Array) -> Array:

@@ -1,0 +1,161 @@
+"""Routed experts on a CPU: one walk over the experts, each a few dense products on just its own rows.
+
+XLA needs static shapes, and the number of rows of an expert is known at run time only. So the sorted assignments are
+cut into pieces that never cross an expert; a piece is computed at the smallest of a ladder of sizes that holds it
+(``lax.switch``), and what it writes past its end, the next piece overwrites. A balanced expert is one piece and wastes
+a few per cent; one with many more rows is several pieces; an empty one costs nothing. Forward and backward are one
+walk each, and no copy of a layer's weights is made.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kimi_jax.dims import Array, Params
+from kimi_jax.layers.dispatch import combine, sort_assignments, sum_copies
+from kimi_jax.layers.linear import product, weight_gradient
+from kimi_jax.layers.mlp import swiglu
+
+LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)  # in units of about an eighth of the mean load
+
+
+class Pieces(NamedTuple):
+    """Piece i < count covers the sorted rows from ``start_I[i]`` up to ``end_I[i]``, of expert ``expert_I[i]``."""
+
+    count: Array
+    expert_I: Array
+    start_I: Array
+    end_I: Array
+
+
+def ladder(n_rows: int, n_experts: int) -> tuple[int, ...]:
+    """The sizes at which pieces are computed, in rows."""
+    unit = max(n_rows // (8 * n_experts), 1)
+    unit = 1 << (unit - 1).bit_length()
+    return tuple(unit * step for step in LADDER)
+
+
+def cut(sizes_E: Array, n_rows: int, longest: int) -> Pieces:
+    E = sizes_E.shape[0]
+    per_expert_E = -(-sizes_E // longest)
+    last_E, ends_E = jnp.cumsum(per_expert_E), jnp.cumsum(sizes_E)
+    i_I = jnp.arange(n_rows // longest + E)
+    expert_I = jnp.minimum(jnp.searchsorted(last_E, i_I, side="right"), E - 1)
+    start_I = (ends_E - sizes_E)[expert_I] + (i_I - (last_E - per_expert_E)[expert_I]) * longest
+    return Pieces(last_E[-1], expert_I, start_I, jnp.minimum(start_I + longest, ends_E[expert_I]))
+
+
+class Piece(NamedTuple):
+    """One piece as a walk hands it to ``compute``, with its rows masked to ``own``."""
+
+    start: Array
+    end: Array
+    w: Params  # the expert's weights in the compute dtype
+
+    def rows(self, x: Array, n: int) -> Array:
+        return lax.dynamic_slice_in_dim(x, self.start, n)
+
+
+def _walk(pieces: Pieces, sizes: tuple[int, ...], weights: Params, dtype, compute, store, carry):
+    """For every piece: ``carry = store(carry, expert, start, compute(n, piece))``, n the smallest size that fits."""
+
+    def step(i: Array, carry):
+        expert = pieces.expert_I[i]
+        w = {name: lax.dynamic_index_in_dim(weights[name], expert, keepdims=False).astype(dtype) for name in weights}
+        piece = Piece(pieces.start_I[i], pieces.end_I[i], w)
+        rung = jnp.searchsorted(jnp.asarray(sizes), piece.end - piece.start)
+        results = lax.switch(rung, [lambda piece, n=n: compute(n, piece) for n in sizes], piece)
+        return store(carry, expert, piece.start, results)
+
+    return lax.fori_loop(0, pieces.count, step, carry)
+
+
+def _put(out: Array, rows: Array, start: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(out, rows, start, 0)
+
+
+def _pad(x: Array, extra: int) -> Array:
+    return jnp.pad(x, ((0, extra), *((0, 0),) * (x.ndim - 1)))
+
+
+@jax.custom_vjp
+def blocked_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
+    """y [M, D] = sum_k weights[m, k] SwiGLU(x_m; p[experts[m, k]]), summed in f32, in the dtype of ``x``.
+
+    ``p`` may hold more experts than are ever chosen: those cost nothing.
+    """
+    return _forward(p, x_MD, weights_MK, experts_MK)[0]
+
+
+def _forward(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array):
+    (M, K), dtype = experts_MK.shape, x_MD.dtype
+    E, D, F = p["gate"].shape
+    order = sort_assignments(experts_MK, E)
+    sizes = ladder(M * K, E)
+    longest = sizes[-1]
+    token_A = _pad(order.order_A // K, longest)
+
+    def compute(n: int, piece: Piece):
+        x_nD = x_MD[piece.rows(token_A, n)]
+        gate_nF = product("nD,DF->nF", x_nD, piece.w["gate"]).astype(dtype)
+        up_nF = product("nD,DF->nF", x_nD, piece.w["up"]).astype(dtype)
+        y_nD = product("nF,FD->nD", swiglu(gate_nF, up_nF), piece.w["down"]).astype(dtype)
+        return tuple(_pad(rows, longest - n) for rows in (gate_nF, up_nF, y_nD))
+
+    def store(outputs, _, start: Array, results):
+        return tuple(_put(out, rows, start) for out, rows in zip(outputs, results, strict=True))
+
+    outputs = tuple(jnp.zeros((M * K + longest, width), dtype) for width in (F, F, D))
+    gate_AF, up_AF, y_AD = _walk(cut(order.sizes_E, M * K, longest), sizes, p, dtype, compute, store, outputs)
+    y_MD = combine(y_AD[order.inverse_MK], weights_MK).astype(dtype)
+    return y_MD, (p, x_MD, weights_MK, order, gate_AF, up_AF)
+
+
+def _backward(residuals, dy_MD: Array):
+    p, x_MD, weights_MK, order, gate_AF, up_AF = residuals
+    (M, K), dtype = weights_MK.shape, x_MD.dtype
+    E, D, _ = p["gate"].shape
+    sizes = ladder(M * K, E)
+    longest = sizes[-1]
+    token_A = _pad(order.order_A // K, longest)
+    weight_A1 = _pad(weights_MK.reshape(-1)[order.order_A], longest)[:, None]
+
+    def compute(n: int, piece: Piece):
+        own_n1 = (piece.start + jnp.arange(n) < piece.end)[:, None]
+        token_n, weight_n1 = piece.rows(token_A, n), piece.rows(weight_A1, n)
+        x_nD, dy_nD = x_MD[token_n], jnp.where(own_n1, dy_MD[token_n], 0)
+        h_nF, swiglu_vjp = jax.vjp(swiglu, piece.rows(gate_AF, n), piece.rows(up_AF, n))
+        dh_nF = product("nD,FD->nF", dy_nD, piece.w["down"])
+        dweight_n1 = jnp.sum(dh_nF * h_nF.astype(jnp.float32), axis=-1, keepdims=True)
+        dgate_nF, dup_nF = swiglu_vjp((dh_nF * weight_n1).astype(dtype))
+        dx_nD = product("nF,DF->nD", dgate_nF, piece.w["gate"]) + product("nF,DF->nD", dup_nF, piece.w["up"])
+        dw = {
+            "gate": weight_gradient("nD,nF->DF", x_nD, dgate_nF),
+            "up": weight_gradient("nD,nF->DF", x_nD, dup_nF),
+            "down": weight_gradient("nF,nD->FD", (h_nF.astype(jnp.float32) * weight_n1).astype(dtype), dy_nD),
+        }
+        return _pad(dx_nD.astype(dtype), longest - n), _pad(dweight_n1, longest - n), dw
+
+    def store(carry, expert: Array, start: Array, results):
+        dx_AD, dweight_A1, dw = carry
+        dx_nD, dweight_n1, new = results
+        added = {name: lax.dynamic_index_in_dim(dw[name], expert, keepdims=False) + new[name] for name in dw}
+        dw = {name: lax.dynamic_update_index_in_dim(dw[name], added[name], expert, 0) for name in dw}
+        return _put(dx_AD, dx_nD, start), _put(dweight_A1, dweight_n1, start), dw
+
+    carry = (
+        jnp.zeros((M * K + longest, D), dtype),
+        jnp.zeros((M * K + longest, 1), jnp.float32),
+        {name: jnp.zeros(p[name].shape, jnp.float32) for name in p},
+    )
+    pieces = cut(order.sizes_E, M * K, longest)
+    dx_AD, dweight_A1, dw = _walk(pieces, sizes, p, dtype, compute, store, carry)
+    dp = {name: dw[name].astype(p[name].dtype) for name in p}
+    return dp, sum_copies(dx_AD, order).astype(dtype), dweight_A1[order.inverse_MK, 0], None
+
+
+blocked_experts.defvjp(_forward, _backward)
