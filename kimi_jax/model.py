@@ -70,6 +70,15 @@ def parameter_count(cfg: ModelConfig) -> int:
     return sum(math.prod(spec.shape) for spec in leaves if not spec.is_buffer)
 
 
+def in_compute_dtype(cfg: ModelConfig, params: Params) -> Params:
+    """A copy of the weights in ``cfg.dtype``, for use without gradients; the router keeps its own, as it runs in f32."""
+
+    def cast(spec: ParamSpec, w: Array) -> Array:
+        return w if "router" in spec.axes or spec.is_buffer else w.astype(cfg.dtype)
+
+    return jax.tree.map(cast, specs(cfg), params, is_leaf=is_spec)
+
+
 def positions(cfg: ModelConfig, positions_BT: Array) -> mla.Positions:
     return mla.Positions(*angles(positions_BT, cfg.rope, cfg.qk_rope_head_dim))
 

@@ -60,11 +60,14 @@ class Piece(NamedTuple):
         return lax.dynamic_slice_in_dim(x, self.start, n)
 
 
-def _walk(pieces: Pieces, sizes: tuple[int, ...], weights: Params, dtype, compute, store, carry):
-    """For every piece: ``carry = store(carry, expert, start, compute(n, piece))``, n the smallest size that fits."""
+def _walk(pieces: Pieces, sizes: tuple[int, ...], weights: Params, dtype, compute, store, carry, first=0):
+    """For every piece: ``carry = store(carry, expert, start, compute(n, piece))``, n the smallest size that fits.
+
+    Expert 0 is number ``first`` of ``weights``.
+    """
 
     def step(i: Array, carry):
-        expert = pieces.expert_I[i]
+        expert = first + pieces.expert_I[i]
         w = {name: lax.dynamic_index_in_dim(weights[name], expert, keepdims=False).astype(dtype) for name in weights}
         piece = Piece(pieces.start_I[i], pieces.end_I[i], w)
         rung = jnp.searchsorted(jnp.asarray(sizes), piece.end - piece.start)
@@ -84,16 +87,25 @@ def _pad(x: Array, extra: int) -> Array:
 
 @jax.custom_vjp
 def blocked_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
-    """y [M, D] = sum_k weights[m, k] SwiGLU(x_m; p[experts[m, k]]), summed in f32, in the dtype of ``x``.
-
-    ``p`` may hold more experts than are ever chosen: those cost nothing.
-    """
+    """y [M, D] = sum_k weights[m, k] SwiGLU(x_m; p[experts[m, k]]), summed in f32, in the dtype of ``x``."""
     return _forward(p, x_MD, weights_MK, experts_MK)[0]
 
 
+def blocked_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
+    """``blocked_experts`` with the weights of one layer of a stack [L, E, ...], read in place. Not differentiable."""
+    _, E, _, _ = stack["gate"].shape
+    flat = {name: w.reshape(-1, *w.shape[2:]) for name, w in stack.items()}
+    return _run(flat, x_MD, weights_MK, experts_MK, E, layer * E)[0]
+
+
 def _forward(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array):
+    y_MD, order, gate_AF, up_AF = _run(p, x_MD, weights_MK, experts_MK, p["gate"].shape[0], 0)
+    return y_MD, (p, x_MD, weights_MK, order, gate_AF, up_AF)
+
+
+def _run(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array, E: int, first: Array | int):
     (M, K), dtype = experts_MK.shape, x_MD.dtype
-    E, D, F = p["gate"].shape
+    _, D, F = p["gate"].shape
     order = sort_assignments(experts_MK, E)
     sizes = ladder(M * K, E)
     longest = sizes[-1]
@@ -110,9 +122,9 @@ def _forward(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array):
         return tuple(_put(out, rows, start) for out, rows in zip(outputs, results, strict=True))
 
     outputs = tuple(jnp.zeros((M * K + longest, width), dtype) for width in (F, F, D))
-    gate_AF, up_AF, y_AD = _walk(cut(order.sizes_E, M * K, longest), sizes, p, dtype, compute, store, outputs)
-    y_MD = combine(y_AD[order.inverse_MK], weights_MK).astype(dtype)
-    return y_MD, (p, x_MD, weights_MK, order, gate_AF, up_AF)
+    pieces = cut(order.sizes_E, M * K, longest)
+    gate_AF, up_AF, y_AD = _walk(pieces, sizes, p, dtype, compute, store, outputs, first)
+    return combine(y_AD[order.inverse_MK], weights_MK).astype(dtype), order, gate_AF, up_AF
 
 
 def _backward(residuals, dy_MD: Array):

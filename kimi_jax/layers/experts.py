@@ -15,7 +15,7 @@ from jax import lax
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import EXPERTS, Array, Params, ParamSpec, Specs
 from kimi_jax.errors import UserError
-from kimi_jax.layers.blocked_experts import blocked_experts
+from kimi_jax.layers.blocked_experts import blocked_experts, blocked_experts_of
 from kimi_jax.layers.dispatch import combine, gather_tokens, sort_assignments, unsort
 from kimi_jax.layers.linear import contract
 from kimi_jax.layers.mlp import swiglu
@@ -58,6 +58,17 @@ def ragged_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array)
 def fastest_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
     """Whichever of the two fast ways suits the platform that the program is compiled for."""
     return lax.platform_dependent(p, x_MD, weights_MK, experts_MK, cpu=blocked_experts, default=ragged_experts)
+
+
+def fastest_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
+    """``fastest_experts`` with the weights of one layer of a stack [L, E, ...]: for decoding, not differentiable."""
+
+    def indexed(stack: Params, layer: Array, *args: Array) -> Array:
+        return ragged_experts({name: w[layer] for name, w in stack.items()}, *args)
+
+    return lax.platform_dependent(
+        stack, layer, x_MD, weights_MK, experts_MK, cpu=blocked_experts_of, default=indexed
+    )
 
 
 EXPERT_PATHS = {

@@ -1,0 +1,46 @@
+"""What every command line shares: one-line errors, truthful exit codes, --verbose for the traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from kimi_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` with ``--verbose``, examples in the help, and errors on one line."""
+
+    def __init__(self, prog: str, description: str, examples: str):
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str):
+        print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(prog: str, main: Callable[[], None]) -> None:
+    """Calls ``main`` and exits: 0, or 1 after one line on what is wrong. An error that is not the user's says so."""
+    verbose = "--verbose" in sys.argv
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(f"{prog}: interrupted")
+    except Exception as error:
+        if verbose:
+            raise
+        kind = "" if isinstance(error, UserError) else f"unexpected {type(error).__name__}: "
+        hint = "" if isinstance(error, UserError) else " (--verbose shows the traceback)"
+        sys.exit(f"{prog}: {kind}{' '.join(str(error).split())}{hint}")

@@ -1,0 +1,180 @@
+"""MuonClip: Muon on hidden matrices, AdamW on the rest, QK-Clip last.
+
+Muon (Moonlight, arXiv 2502.16982, section 2.2), for every matrix W [n, m]:
+
+    B <- mu B + G;   O = NewtonSchulz(mu B + G)  (Nesterov)  or  NewtonSchulz(B)
+    W <- W - lr (rms sqrt(max(n, m)) O + wd W)
+
+AdamW (arXiv 1711.05101) for embeddings, the head, gains and biases, with the same lr and wd:
+
+    W <- W - lr (m_hat / (sqrt(v_hat) + eps) + wd W)
+
+QK-Clip (Kimi K2, arXiv 2507.20534, section 2.1): see ``qk_clip``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kimi_jax.dims import Array
+from kimi_jax.optim import axes as matrix_axes
+from kimi_jax.optim import qk_clip
+from kimi_jax.optim.axes import ELEMENTWISE, FROZEN, MATRIX, Layout
+from kimi_jax.optim.newton_schulz import newton_schulz
+
+LearningRate = float | Callable[[Array], Array]
+
+
+class MuonClipState(NamedTuple):
+    """``momentum`` of every trained leaf (Adam's first moment where AdamW acts); ``second`` moment where it acts."""
+
+    count: Array
+    momentum: Any
+    second: Any
+    ever_clipped: Array  # bool [L, N]: heads that QK-Clip has touched so far; [0, 0] without such leaves
+
+
+def muon_clip(
+    learning_rate: LearningRate,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    ns_dtype: Any = jnp.bfloat16,
+    weight_decay: float = 0.1,
+    rms: float = 0.2,
+    tau: float | None = 100.0,
+    axes: Any | None = None,
+    split_fused: bool = False,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """The MuonClip transform: ``update(grads, state, params, max_logits=S)``, S [layers, heads] of this step's forward.
+
+    ``learning_rate``: a number, or a function of the number of steps taken.
+    ``axes``: logical axis names, a tuple per leaf in the structure of the parameters (``kimi_jax.dims``). "layers" and
+    "experts" stack matrices; "heads" and the axis after it form one side; a leaf with "vocab" is an embedding or head;
+    "router_bias" is a buffer that stays as it is; ``Fused`` parts named "nope" and "rope" after "heads" are what
+    QK-Clip scales. Without ``axes`` a 2-D leaf is a matrix unless its path names an embedding or a head, and nothing
+    is clipped.
+    ``split_fused``: orthogonalise each part of a ``Fused`` axis as its own matrix.
+    ``tau``: QK-Clip's threshold; ``None`` turns it off. Under gradient accumulation S is the maximum over microbatches.
+    """
+
+    def matrix_update(grad: Array, buffer: Array, layout: Layout) -> Array:
+        direction = momentum * buffer + grad if nesterov else buffer
+        stacks = []
+        for m_Snm in matrix_axes.matrices(direction, layout):
+            scale = rms * max(m_Snm.shape[1:]) ** 0.5
+            stacks.append(scale * newton_schulz(m_Snm, ns_steps, ns_dtype))
+        return matrix_axes.leaf(stacks, grad.shape, layout)
+
+    return _transform(
+        learning_rate,
+        lambda params: matrix_axes.layouts(params, axes, split_fused),
+        matrix_update,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        tau=tau,
+        axes=axes,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+    )
+
+
+def adamw(
+    learning_rate: LearningRate,
+    *,
+    weight_decay: float = 0.1,
+    tau: float | None = None,
+    axes: Any | None = None,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW on every leaf but buffers, with QK-Clip if ``tau`` is given: what MuonClip is compared with."""
+
+    def layouts(params: Any) -> Any:
+        found = matrix_axes.layouts(params, axes, False)
+        return jax.tree.map(lambda layout: layout if layout.kind == FROZEN else Layout(ELEMENTWISE), found)
+
+    return _transform(
+        learning_rate, layouts, None, momentum=0.0, weight_decay=weight_decay, tau=tau, axes=axes, b1=b1, b2=b2, eps=eps
+    )
+
+
+def _transform(
+    learning_rate: LearningRate,
+    layouts: Callable[[Any], Any],
+    matrix_update: Callable[[Array, Array, Layout], Array] | None,
+    *,
+    momentum: float,
+    weight_decay: float,
+    tau: float | None,
+    axes: Any | None,
+    b1: float,
+    b2: float,
+    eps: float,
+) -> optax.GradientTransformationExtraArgs:
+    def clipped(params: Any) -> tuple[dict[str, qk_clip.Clipped], tuple[int, int]]:
+        if axes is None or tau is None:
+            return {}, (0, 0)
+        return qk_clip.clipped_leaves(matrix_axes.match(params, axes), params)
+
+    def init(params: Any) -> MuonClipState:
+        kinds = jax.tree.map(lambda layout: layout.kind, layouts(params))
+        first = jax.tree.map(lambda p, kind: optax.MaskedNode() if kind == FROZEN else jnp.zeros_like(p), params, kinds)
+        second = jax.tree.map(
+            lambda p, kind: jnp.zeros_like(p) if kind == ELEMENTWISE else optax.MaskedNode(), params, kinds
+        )
+        return MuonClipState(jnp.zeros((), jnp.int32), first, second, jnp.zeros(clipped(params)[1], bool))
+
+    def update(grads: Any, state: MuonClipState, params: Any | None = None, *, max_logits: Array | None = None, **_):
+        if params is None:
+            raise ValueError("muon_clip needs the parameters: update(grads, state, params)")
+        leaves, (n_layers, n_heads) = clipped(params)
+        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        count = state.count + 1
+        g_LN, ever_clipped = None, state.ever_clipped
+        if leaves:
+            g_LN = qk_clip.clip_factors(qk_clip.check_shape(max_logits, (n_layers, n_heads)), tau or 0.0)
+            ever_clipped = ever_clipped | (g_LN < 1)
+
+        def one(path, layout: Layout, grad: Array, p: Array, first, second):
+            if layout.kind == FROZEN:
+                return jnp.zeros_like(p), first, second
+            if layout.kind == MATRIX:
+                assert matrix_update is not None
+                first = momentum * first + grad.astype(first.dtype)
+                direction = matrix_update(grad, first, layout)
+            else:
+                first = b1 * first + (1 - b1) * grad
+                second = b2 * second + (1 - b2) * jnp.square(grad)
+                m_hat, v_hat = first / (1 - b1**count), second / (1 - b2**count)
+                direction = m_hat / (jnp.sqrt(v_hat) + eps)
+            step = -lr * (direction + weight_decay * p)
+            key = jax.tree_util.keystr(path)
+            if key in leaves:
+                assert g_LN is not None
+                step = qk_clip.scaled_update(step, p, g_LN, leaves[key])
+            return step.astype(p.dtype), first, second
+
+        is_empty = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+        flat, tree = jax.tree_util.tree_flatten_with_path(params)
+        columns = [jax.tree.leaves(t, is_leaf=is_empty) for t in (grads, state.momentum, state.second)]
+        kinds = jax.tree.leaves(layouts(params), is_leaf=lambda x: isinstance(x, Layout))
+        results = [
+            one(path, layout, grad, p, first, second)
+            for (path, p), layout, grad, first, second in zip(flat, kinds, *columns, strict=True)
+        ]
+        updates, first, second = (jax.tree.unflatten(tree, column) for column in zip(*results, strict=True))
+        return updates, MuonClipState(count, first, second, ever_clipped)
+
+    return optax.GradientTransformationExtraArgs(init, update)

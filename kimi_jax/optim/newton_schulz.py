@@ -1,0 +1,50 @@
+"""Newton–Schulz orthogonalisation of stacks of matrices (Moonlight, arXiv 2502.16982, section 2.1)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+
+from kimi_jax.dims import Array
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+PIECE_ELEMENTS = 2**20  # what the caches of a CPU core hold; a whole stack in one product is a third slower there
+
+
+def newton_schulz(m_Snm: Array, steps: int = 5, dtype=jnp.bfloat16) -> Array:
+    """Pushes the singular values of every matrix of a stack [S, n, m] towards 1, to about [0.7, 1.2] in 5 steps.
+
+    X_0 = M / (||M||_F + 1e-7);  X <- a X + (b A + c A^2) X,  A = X X^T
+
+    computed on the side with fewer rows, in ``dtype`` with f32 accumulation. Returns f32.
+    """
+    tall = m_Snm.shape[1] > m_Snm.shape[2]
+    x_Snm = (m_Snm.swapaxes(1, 2) if tall else m_Snm).astype(jnp.float32)
+    iterate = partial(_iterate, steps=steps, dtype=dtype)
+    x_Snm = lax.platform_dependent(x_Snm, cpu=partial(_by_pieces, iterate), default=iterate)
+    return x_Snm.swapaxes(1, 2) if tall else x_Snm
+
+
+def _by_pieces(iterate, x_Snm: Array) -> Array:
+    S, n, m = x_Snm.shape
+    at_once = max(PIECE_ELEMENTS // (n * m), 1)
+    if at_once >= S:
+        return iterate(x_Snm)
+    return lax.map(lambda x_nm: iterate(x_nm[None])[0], x_Snm, batch_size=at_once)
+
+
+def _iterate(x_Snm: Array, steps: int, dtype) -> Array:
+    a, b, c = COEFFICIENTS
+    x_Snm = (x_Snm / (jnp.linalg.norm(x_Snm, axis=(1, 2), keepdims=True) + 1e-7)).astype(dtype)
+    for _ in range(steps):
+        gram_Snn = _product("Snm,Skm->Snk", x_Snm, x_Snm).astype(dtype)
+        poly_Snn = (b * gram_Snn + c * _product("Snk,Skl->Snl", gram_Snn, gram_Snn)).astype(dtype)
+        x_Snm = (a * x_Snm + _product("Snk,Skm->Snm", poly_Snn, x_Snm)).astype(dtype)
+    return x_Snm.astype(jnp.float32)
+
+
+def _product(spec: str, x: Array, y: Array) -> Array:
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)

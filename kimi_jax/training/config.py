@@ -1,0 +1,137 @@
+"""Everything that defines a training run."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kimi_jax.config import ModelConfig, from_dict
+from kimi_jax.data.pipeline import DataConfig
+from kimi_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """MuonClip, or AdamW on every parameter; see ``kimi_jax.optim``."""
+
+    name: str = "muon_clip"
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    ns_dtype: str = "bfloat16"
+    split_fused: bool = False
+    tau: float | None = 100.0  # QK-Clip's threshold; None turns it off
+    b1: float = 0.9
+    b2: float = 0.95
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self):
+        if self.name not in ("muon_clip", "adamw"):
+            raise UserError(f"optimizer.name must be muon_clip or adamw, not {self.name!r}")
+        if self.ns_dtype not in ("bfloat16", "float32"):
+            raise UserError(f"optimizer.ns_dtype must be bfloat16 or float32, not {self.ns_dtype!r}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Warm-up, stable, cosine, anneal (``optim.warmup_stable_cosine``); factors of the peak rate, lengths in tokens."""
+
+    warmup_steps: int = 500
+    stable_tokens: int = 0
+    decay_tokens: int = 0
+    final_factor: float = 0.1
+    anneal_tokens: int = 0
+    anneal_factor: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 8  # sequences per optimizer step, over all devices and microbatches
+    seq_len: int = 512
+    accumulation: int = 1  # microbatches per optimizer step
+    balance_loss_weight: float = 1e-3
+    bias_update_rate: float = 1e-3
+    eval_every: int = 500
+    eval_batches: int = 16
+    checkpoint_every: int = 500
+    checkpoints_kept: int = 3
+    log_every: int = 10
+    nonfinite: str = "stop"  # or "skip": what to do on a non-finite loss or gradient
+    sample_prompt: str = "def "
+    sample_tokens: int = 128
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "accumulation", "eval_every", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_size % self.accumulation:
+            raise UserError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}")
+        if self.nonfinite not in ("stop", "skip"):
+            raise UserError(f"nonfinite must be stop or skip, not {self.nonfinite!r}")
+        if self.seq_len > self.model.max_position_embeddings:
+            raise UserError(
+                f"seq_len {self.seq_len} exceeds model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> TrainConfig:
+        values = dict(cfg)
+        if not isinstance(values.get("model"), Mapping):
+            raise UserError("the config needs a model section, such as model=dict(preset='tiny')")
+        return from_dict(cls, {**values, "model": ModelConfig.from_config(values["model"])}, "config")
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> TrainConfig:  # type: ignore[assignment]
+    """The config of a Python file that defines ``get_config()``, after ``--config.KEY=VALUE`` overrides."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no config file {path}")
+    spec = importlib.util.spec_from_file_location("kimi_jax_config", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} does not define get_config()")
+    found = module.get_config()
+    values = found.to_dict() if isinstance(found, ConfigDict) else dict(found)
+    for override in overrides:
+        _apply(values, override)
+    return TrainConfig.from_config(values)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Sets one ``--config.a.b=value``; the value is a Python literal, or else a string."""
+    name, equals, text = override.removeprefix("--config.").partition("=")
+    if not override.startswith("--config.") or not equals or not name:
+        raise UserError(f"unknown argument {override!r}; overrides are written --config.KEY=VALUE")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    *sections, key = name.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{override!r}: {section} has no keys of its own")
+    values[key] = value
