@@ -107,6 +107,11 @@ class Tokenizer(abc.ABC):
     def pad(self) -> int:
         return self.special_ids[PAD]
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Where generation ends: at the end of a text or of a turn."""
+        return frozenset({self.eos, self.special_ids["<|im_end|>"]})
+
     @functools.cached_property
     def token_bytes_V(self) -> np.ndarray:  # noqa: N802
         """UTF-8 bytes that each id stands for, int32 [V]; 0 for control tokens."""

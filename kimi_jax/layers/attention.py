@@ -48,7 +48,7 @@ def plain_attention(q_BNTX: Array, k_BNSX: Array, v_BNSW: Array, segment_ids_BT:
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
-    rows = max(128, -(-T // 8))
+    rows = max(256, -(-T // 8))
     return [(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 

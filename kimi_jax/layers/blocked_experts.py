@@ -20,7 +20,7 @@ from kimi_jax.layers.dispatch import combine, sort_assignments, sum_copies
 from kimi_jax.layers.linear import product, weight_gradient
 from kimi_jax.layers.mlp import swiglu
 
-LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)  # in units of about an eighth of the mean load
+LADDER = (1, 2, 4, 6, 8, 10, 12, 16)  # in units of about an eighth of the mean load
 
 
 class Pieces(NamedTuple):

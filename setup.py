@@ -1,0 +1,36 @@
+"""Packaging of kimi_jax. Tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "numpy>=2.0",
+    "tensorstore>=0.1.80",
+    "ml-collections>=1.1.0",
+]
+DATA = ["grain>=0.2.18", "tiktoken>=0.14", "pyarrow>=21"]
+REPORT = ["tensorboardX>=2.6.5", "matplotlib>=3.10", "tqdm>=4.67"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff==0.17.6", "pyright[nodejs]==1.1.414"]
+PARITY = ["torch==2.13.0", "transformers==5.23.0", "safetensors>=0.7"]
+
+setup(
+    name="kimi_jax",
+    version="0.1.0",
+    description="Kimi-K2 in JAX and Flax for TPU pods: exact, small enough to read in a day, fast.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["kimi_jax", "kimi_jax.*"]),
+    install_requires=CORE + DATA + REPORT,
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "test": TEST,
+        "parity": PARITY,
+    },
+)

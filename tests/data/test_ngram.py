@@ -1,0 +1,66 @@
+"""The order-2 byte model against counts in dictionaries, byte by byte."""
+
+import math
+import random
+from collections import Counter, defaultdict
+
+import pytest
+
+from kimi_jax.data.ngram import order2_bits_per_byte
+from kimi_jax.errors import UserError
+
+
+def brute_force(train, held_out):
+    seen = defaultdict(Counter)  # context -> following bytes, for contexts of two, one and no symbols
+
+    def contexts(document):
+        padded = ["start", "start", *document]
+        for i, byte in enumerate(document):
+            pair = tuple(padded[i : i + 2])
+            yield byte, [(), pair[1:], pair]
+
+    for document in train:
+        for byte, keys in contexts(document):
+            for key in keys:
+                seen[key][byte] += 1
+
+    def probability(byte, key, lower):
+        n, t = sum(seen[key].values()), len(seen[key])
+        return (seen[key][byte] + t * lower) / (n + t) if n else lower
+
+    bits = []
+    for document in held_out:
+        for byte, keys in contexts(document):
+            p = 1 / 256
+            for key in keys:
+                p = probability(byte, key, p)
+            bits.append(-math.log2(p))
+    return sum(bits) / len(bits)
+
+
+def texts(seed, n, alphabet):
+    rng = random.Random(seed)
+    return [bytes(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(n)]
+
+
+@pytest.mark.parametrize("alphabet", [b"ab", b"abcdefgh \n", bytes(range(256)), bytes([0, 255])])
+def test_matches_the_dictionaries(alphabet):
+    train, held_out = texts(0, 30, alphabet), texts(1, 10, alphabet + b"\0\xffz")
+    assert order2_bits_per_byte(train, held_out) == pytest.approx(brute_force(train, held_out), rel=1e-12)
+
+
+def test_one_byte_documents_and_generators():
+    assert order2_bits_per_byte(iter([b"a"]), iter([b"a", b"b", b""])) == pytest.approx(
+        brute_force([b"a"], [b"a", b"b"])
+    )
+
+
+def test_without_training_text_every_byte_costs_eight_bits():
+    assert order2_bits_per_byte([], [b"abc"]) == pytest.approx(8.0)
+    assert order2_bits_per_byte([b""], [b"abc"]) == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("held_out", [[], [b""]])
+def test_nothing_to_measure(held_out):
+    with pytest.raises(UserError, match="no held-out text"):
+        order2_bits_per_byte([b"abc"], held_out)

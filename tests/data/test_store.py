@@ -1,0 +1,144 @@
+"""The token store, in memory and cached on disk."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+
+from kimi_jax.data import store, tokenizer
+from kimi_jax.data.sources import Document, SourceConfig, documents
+from kimi_jax.errors import UserError
+
+BYTES = tokenizer.load("bytes")
+DOCUMENTS = [Document("a", "hé"), Document("b", ""), Document("c", "xyz")]
+TOKENS = [*"hé".encode(), 257, 257, *b"xyz", 257]
+
+
+def never():
+    raise AssertionError("read although cached")
+    yield
+
+
+def test_documents_end_with_eos():
+    tokens, offsets = store.tokenize(DOCUMENTS, BYTES)
+    assert tokens.tolist() == TOKENS and tokens.dtype == np.uint16
+    assert offsets.tolist() == [0, 4, 5, 9] and offsets.dtype == np.int64
+
+
+def test_wide_vocabularies_take_32_bits():
+    @dataclasses.dataclass(frozen=True)
+    class Wide(tokenizer.ByteTokenizer):
+        vocab_size = 70_000
+        eos = 69_999
+
+    tokens, _ = store.tokenize(DOCUMENTS, Wide())
+    assert tokens.dtype == np.uint32 and tokens[-1] == 69_999
+
+
+@pytest.mark.parametrize("docs", [DOCUMENTS, []])
+def test_cached_equals_memory_and_is_reused(tmp_path, docs):
+    want = store.tokenize(docs, BYTES)
+    cache = tmp_path / "made" / "here"
+    for found in (iter(docs), never()):
+        got = store.cached(cache, "key", found, BYTES)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert a.dtype == b.dtype
+    assert [p.name for p in cache.iterdir()] == ["key"]
+
+
+def test_an_interrupted_write_leaves_no_entry(tmp_path):
+    def broken():
+        yield DOCUMENTS[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.cached(tmp_path, "key", broken(), BYTES)
+    assert not list(tmp_path.iterdir())
+    assert store.cached(tmp_path, "key", iter(DOCUMENTS), BYTES).tokens.tolist() == TOKENS
+
+
+def test_what_a_killed_writer_left_is_not_read(tmp_path):
+    partial = tmp_path / ".key-abc"
+    partial.mkdir()
+    (partial / "tokens.bin").write_bytes(b"\0\0")
+    assert store.cached(tmp_path, "key", iter(DOCUMENTS), BYTES).tokens.tolist() == TOKENS
+
+
+def test_two_writers_at_once(tmp_path):
+    def slow():
+        store.cached(tmp_path, "key", iter(DOCUMENTS), BYTES)
+        yield from DOCUMENTS
+
+    assert store.cached(tmp_path, "key", slow(), BYTES).tokens.tolist() == TOKENS
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "short", "empty"])
+def test_a_damaged_entry_is_refused(tmp_path, name, damage):
+    store.cached(tmp_path, "key", iter(DOCUMENTS), BYTES)
+    path = tmp_path / "key" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-1] if damage == "short" else b"")
+    with pytest.raises(UserError, match="token cache entry .*key is damaged; delete it"):
+        store.cached(tmp_path, "key", never(), BYTES)
+
+
+def test_offsets_of_another_corpus_are_refused(tmp_path):
+    store.cached(tmp_path, "key", iter(DOCUMENTS), BYTES)
+    np.save(tmp_path / "key" / "offsets.npy", np.array([0, 4, 5, 8]))
+    with pytest.raises(UserError, match="is damaged"):
+        store.cached(tmp_path, "key", never(), BYTES)
+
+
+def test_a_manifest_of_another_shape_is_refused(tmp_path):
+    store.cached(tmp_path, "key", iter(DOCUMENTS), BYTES)
+    (tmp_path / "key" / "manifest.json").write_text(json.dumps([1]))
+    with pytest.raises(UserError, match="is damaged"):
+        store.cached(tmp_path, "key", never(), BYTES)
+
+
+def test_unwritable_cache(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the token cache .*change data.cache"):
+        store.cached(tmp_path / "file", "key", iter(DOCUMENTS), BYTES)
+
+
+def test_errors_of_the_documents_pass_through_the_cache(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="a.txt is not UTF-8"):
+        store.cached(tmp_path / "cache", "key", documents(SourceConfig(str(tmp_path / "a.txt"))), BYTES)
+
+
+def test_the_key_follows_everything_that_decides_the_tokens(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}')
+    source = SourceConfig(str(path))
+    os.utime(path, ns=(10**18, 10**18))
+
+    @dataclasses.dataclass(frozen=True)
+    class Other(tokenizer.ByteTokenizer):
+        identity: str = "other"
+
+    keys = [
+        store.cache_key(source, BYTES, 0.05, False),
+        store.cache_key(source, BYTES, 0.05, True),
+        store.cache_key(source, BYTES, 0.1, False),
+        store.cache_key(source, Other(), 0.05, False),
+        store.cache_key(dataclasses.replace(source, key="y"), BYTES, 0.05, False),
+        store.cache_key(dataclasses.replace(source, format="text"), BYTES, 0.05, False),
+    ]
+    assert store.cache_key(dataclasses.replace(source, weight=2.0), BYTES, 0.05, False) == keys[0]
+    os.utime(path, ns=(10**18, 10**18 + 1000))
+    keys.append(store.cache_key(source, BYTES, 0.05, False))
+    path.write_text('{"text": "xy"}')
+    os.utime(path, ns=(10**18, 10**18))
+    keys.append(store.cache_key(source, BYTES, 0.05, False))
+    path.rename(tmp_path / "b.jsonl")
+    keys.append(store.cache_key(SourceConfig(str(tmp_path / "b.jsonl")), BYTES, 0.05, False))
+    assert len(set(keys)) == len(keys) == 9
