@@ -1,7 +1,7 @@
 """Kimi-K2 in JAX and Flax for TPU pods.
 
-    model, params = kimi_jax.load(path)
-    logits_BTV = model.apply({"params": params}, tokens_BT)
+model, params = kimi_jax.load(path)
+logits_BTV = model.apply({"params": params}, tokens_BT)
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ PEAK_BF16 = {  # FLOP/s of one JAX device, by the start of its device_kind (Goog
 def active_parameters(cfg: ModelConfig) -> int:
     """Weights that one token is multiplied with: the head counts, the embedding look-up and the gains do not."""
     total = 0
-    for path, spec in jax.tree_util.tree_leaves_with_path(specs(cfg), is_leaf=is_spec):
+    for spec in jax.tree.leaves(specs(cfg), is_leaf=is_spec):
         is_matrix = len([axis for axis in spec.axes if axis not in ("layers", EXPERTS)]) >= 2
         is_embedding = spec.axes[0] == VOCAB
         if not is_matrix or is_embedding:

@@ -18,7 +18,9 @@ EXAMPLES = f"""\
 
 def main() -> None:
     parser = cli.Parser(PROG, "Continues a prompt with a trained checkpoint or a Hugging Face directory.", EXAMPLES)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a training workdir, or a Hugging Face directory")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a training workdir, or a Hugging Face directory"
+    )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the most likely token")

@@ -97,7 +97,9 @@ def _check_names(cfg: ModelConfig, raw: dict, tensors: dict, entries: list[Entry
     missing = [name for name in planned if name not in tensors]
     if missing:
         some = ", ".join(sorted(missing)[:3])
-        raise UserError(f"{path} lacks {len(missing)} of {len(planned)} tensors: {some}{', ...' if missing[3:] else ''}")
+        raise UserError(
+            f"{path} lacks {len(missing)} of {len(planned)} tensors: {some}{', ...' if missing[3:] else ''}"
+        )
     scales = {name + SCALE_SUFFIX for name in planned}
     extra_layers = tuple(
         f"model.layers.{cfg.num_hidden_layers + i}." for i in range(raw.get("num_nextn_predict_layers") or 0)

@@ -10,7 +10,7 @@ Parameters are a nested dict with one leading "layers" axis per stack:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -71,7 +71,7 @@ def parameter_count(cfg: ModelConfig) -> int:
 
 
 def in_compute_dtype(cfg: ModelConfig, params: Params) -> Params:
-    """A copy of the weights in ``cfg.dtype``, for use without gradients; the router keeps its own, as it runs in f32."""
+    """A copy of the weights in ``cfg.dtype``, for use without gradients; the router, which runs in f32, keeps its own."""
 
     def cast(spec: ParamSpec, w: Array) -> Array:
         return w if "router" in spec.axes or spec.is_buffer else w.astype(cfg.dtype)
@@ -113,7 +113,7 @@ class KimiK2(nn.Module):
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast),
+                in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=n_layers,
                 metadata_params={nn.PARTITION_NAME: LAYERS},
             )
@@ -143,6 +143,16 @@ class KimiK2(nn.Module):
             found.append(stats)
         x_BTD = rms_norm(x_BTD, self.top["norm"], cfg.rms_norm_eps)
         return x_BTD, _gather_stats(cfg, found)
+
+
+def hidden_states(
+    cfg: ModelConfig, params: Params, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array
+) -> tuple[Array, Stats]:
+    """``KimiK2.hidden_states`` as a pure function."""
+    found: Any = KimiK2(cfg).apply(
+        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, method=KimiK2.hidden_states
+    )
+    return found
 
 
 def _gather_stats(cfg: ModelConfig, found: list[block.BlockStats]) -> Stats:

@@ -32,9 +32,7 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         try:
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, item_names=("state", "meta")
-            )
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", "meta"))
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {directory}: {error.strerror}") from error
 
@@ -112,7 +110,9 @@ def _checked(meta: dict[str, Any], step: int | str) -> dict[str, Any]:
 def _compare(found: Any, like: Any, where: Path) -> None:
     """One line on the first leaf whose shape differs from what the config asks for."""
     key = lambda path: ".".join(str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", p)))) for p in path)  # noqa: E731
-    stored = {key(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(found) if hasattr(leaf, "shape")}
+    stored = {
+        key(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(found) if hasattr(leaf, "shape")
+    }
     for path, leaf in jax.tree_util.tree_leaves_with_path(like):
         name = key(path)
         if name not in stored:

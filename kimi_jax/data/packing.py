@@ -8,7 +8,7 @@ dropped and nothing repeated; only the last sequence is padded, and the last EOS
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,14 @@ class Batch(NamedTuple):
 
     ``targets`` is the next token. ``segment_ids`` counts the document pieces of a sequence from 1; 0 is padding.
     ``positions`` restarts at 0 at each piece. ``weights`` is the loss weight: 1 where the target belongs to the token's
-    own document, 0 after an EOS and on padding.
+    own document, 0 after an EOS and on padding. The fields are numpy arrays here, and JAX arrays once on devices.
     """
 
-    tokens: np.ndarray  # int32
-    targets: np.ndarray  # int32
-    segment_ids: np.ndarray  # int32
-    positions: np.ndarray  # int32
-    weights: np.ndarray  # float32
+    tokens: Any  # int32
+    targets: Any  # int32
+    segment_ids: Any  # int32
+    positions: Any  # int32
+    weights: Any  # float32
 
 
 def n_sequences(n_tokens: int, seq_len: int) -> int:

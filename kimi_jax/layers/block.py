@@ -1,7 +1,7 @@
 """One decoder block, dense or mixture-of-experts.
 
-    x += attention(RMS(x));  x += feed_forward(RMS(x))
-    feed_forward(x) = SwiGLU(x)  or  sum_k w_k expert_k(x) + SwiGLU_shared(x)
+x += attention(RMS(x));  x += feed_forward(RMS(x))
+feed_forward(x) = SwiGLU(x)  or  sum_k w_k expert_k(x) + SwiGLU_shared(x)
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def attend_cached(
     return x_BTD + y_BTD, cache
 
 
-def feed_forward(p: Params, cfg: ModelConfig, x_BTD: Array, run_experts=experts.run) -> tuple[Array, router.Routing | None]:
+def feed_forward(
+    p: Params, cfg: ModelConfig, x_BTD: Array, run_experts=experts.run
+) -> tuple[Array, router.Routing | None]:
     """x plus the block's feed-forward layer, and the routing if there was any."""
     B, T, D = x_BTD.shape
     h_BTD = rms_norm(x_BTD, p["mlp_norm"], cfg.rms_norm_eps)

@@ -60,7 +60,9 @@ class Piece(NamedTuple):
         return lax.dynamic_slice_in_dim(x, self.start, n)
 
 
-def _walk(pieces: Pieces, sizes: tuple[int, ...], weights: Params, dtype, compute, store, carry, first=0):
+def _walk(
+    pieces: Pieces, sizes: tuple[int, ...], weights: Params, dtype, compute, store, carry, first: Array | int = 0
+):
     """For every piece: ``carry = store(carry, expert, start, compute(n, piece))``, n the smallest size that fits.
 
     Expert 0 is number ``first`` of ``weights``.

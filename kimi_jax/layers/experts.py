@@ -45,9 +45,7 @@ def ragged_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array)
 
     def grouped(x_AX: Array, w_EXY: Array) -> Array:
         w_EXY = w_EXY.astype(x_AX.dtype)
-        y_AY = lax.ragged_dot(
-            x_AX, w_EXY, order.sizes_E, precision=precision, preferred_element_type=jnp.float32
-        )
+        y_AY = lax.ragged_dot(x_AX, w_EXY, order.sizes_E, precision=precision, preferred_element_type=jnp.float32)
         return y_AY.astype(x_AX.dtype)
 
     x_AD = gather_tokens(x_MD, order)
@@ -66,9 +64,7 @@ def fastest_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Arr
     def indexed(stack: Params, layer: Array, *args: Array) -> Array:
         return ragged_experts({name: w[layer] for name, w in stack.items()}, *args)
 
-    return lax.platform_dependent(
-        stack, layer, x_MD, weights_MK, experts_MK, cpu=blocked_experts_of, default=indexed
-    )
+    return lax.platform_dependent(stack, layer, x_MD, weights_MK, experts_MK, cpu=blocked_experts_of, default=indexed)
 
 
 EXPERT_PATHS = {

@@ -177,4 +177,4 @@ def _transform(
         updates, first, second = (jax.tree.unflatten(tree, column) for column in zip(*results, strict=True))
         return updates, MuonClipState(count, first, second, ever_clipped)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -22,9 +22,9 @@ def warmup_stable_cosine(
 ) -> Callable[[Array], Array]:
     """The rate as a function of the number of steps taken.
 
-    Linear from 0 to ``peak`` over ``warmup_steps``; ``peak`` until ``stable_tokens``; a cosine to ``final`` over the next
-    ``decay_tokens``; linear to ``anneal_final`` over the next ``anneal_tokens``; constant from there. Tokens are counted
-    from the first step. Without ``decay_tokens`` the rate stays at ``peak`` until annealing starts.
+    Linear from 0 to ``peak`` over ``warmup_steps``; ``peak`` until ``stable_tokens``; a cosine to ``final`` over the
+    next ``decay_tokens``; linear to ``anneal_final`` over the next ``anneal_tokens``; constant from there. Tokens are
+    counted from the first step. Without ``decay_tokens`` the rate stays at ``peak`` until annealing starts.
     """
     stable, decay, anneal = (tokens / tokens_per_step for tokens in (stable_tokens, decay_tokens, anneal_tokens))
     low = final if decay else peak

@@ -126,7 +126,7 @@ class Run:
         self._checkpoints.save(self.step, self.state, {"config": config, "data": {"next_step": self.step}})
 
     def _report(self, step: int, batch: Batch, found: Metrics) -> None:
-        cfg, found = self.cfg, jax.device_get(found)
+        cfg, found = self.cfg, Metrics(*jax.device_get(found))
         if not found.finite:
             self._not_finite(step, found)
         if self._peak is None:
@@ -150,7 +150,7 @@ class Run:
                 "max_logit_per_layer": found.max_logits_LN.max(axis=1).tolist(),
                 "heads_clipped": float((found.max_logits_LN > tau).mean()),
                 "heads_ever_clipped": float(found.heads_ever_clipped),
-                "load_imbalance": metrics.load_imbalance(found.load_LE),
+                "load_imbalance": metrics.load_imbalance(np.asarray(found.load_LE)),
                 "skipped_steps": self._skipped,
                 "tokens_per_second": tokens / seconds,
                 "flops_per_second": flops,

@@ -20,7 +20,7 @@ from jax import lax
 from kimi_jax.data.packing import Batch
 from kimi_jax.dims import Array, Params, axes_of
 from kimi_jax.layers.router import updated_bias
-from kimi_jax.model import KimiK2, specs
+from kimi_jax.model import KimiK2, hidden_states, specs
 from kimi_jax.optim import adamw, muon_clip, warmup_stable_cosine
 from kimi_jax.training.config import TrainConfig
 from kimi_jax.training.loss import cross_entropy
@@ -72,7 +72,7 @@ def learning_rate(cfg: TrainConfig) -> Callable[[Array], Array]:
 
 def optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
     opt, axes = cfg.optimizer, axes_of(specs(cfg.model))
-    adam = dict(weight_decay=opt.weight_decay, tau=opt.tau, axes=axes, b1=opt.b1, b2=opt.b2)
+    adam: dict[str, Any] = dict(weight_decay=opt.weight_decay, tau=opt.tau, axes=axes, b1=opt.b1, b2=opt.b2)
     if opt.name == "adamw":
         return adamw(learning_rate(cfg), **adam)
     return muon_clip(
@@ -94,13 +94,10 @@ def init_state(cfg: TrainConfig) -> TrainState:
 
 
 def microbatch_sums(cfg: TrainConfig, params: Params, batch: Batch, total_weight: Array) -> Sums:
-    """Loss, gradients and statistics of one microbatch, scaled so that sums over microbatches are the global batch's."""
-    model = KimiK2(cfg.model)
+    """Loss, gradients and statistics of one microbatch, scaled so that their sums are the global batch's."""
 
     def loss(params: Params):
-        x_BTD, stats = model.apply(
-            {"params": params}, batch.tokens, batch.positions, batch.segment_ids, method="hidden_states"
-        )
+        x_BTD, stats = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids)
         nll = cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights) / total_weight
         balance = stats.balance_loss / cfg.accumulation
         return nll + cfg.balance_loss_weight * balance, (nll, balance, stats)
@@ -134,9 +131,7 @@ def train_step(cfg: TrainConfig, state: TrainState, batch: Batch) -> tuple[Train
     limit = cfg.optimizer.max_grad_norm
     scale = 1.0 if limit is None else jnp.minimum(1.0, limit / jnp.maximum(grad_norm, 1e-12))
     grads = jax.tree.map(lambda g: g * scale, sums.grads)
-    updates, opt_state = optimizer(cfg).update(
-        grads, state.opt_state, state.params, max_logits=sums.max_logits_LN
-    )
+    updates, opt_state = optimizer(cfg).update(grads, state.opt_state, state.params, max_logits=sums.max_logits_LN)
     params = _with_new_bias(optax.apply_updates(state.params, updates), sums.load_LE, cfg.bias_update_rate)
     new = TrainState(state.step + 1, params, opt_state)
     kept = state._replace(step=state.step + 1)
@@ -165,7 +160,5 @@ def _with_new_bias(params: Params, load_LE: Array, rate: float) -> Params:
 
 def eval_step(cfg: TrainConfig, params: Params, batch: Batch) -> Array:
     """The summed cross-entropy of a batch, in nats."""
-    x_BTD, _ = KimiK2(cfg.model).apply(
-        {"params": params}, batch.tokens, batch.positions, batch.segment_ids, method="hidden_states"
-    )
+    x_BTD, _ = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids)
     return cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights)
