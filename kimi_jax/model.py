@@ -71,7 +71,7 @@ def parameter_count(cfg: ModelConfig) -> int:
 
 
 def in_compute_dtype(cfg: ModelConfig, params: Params) -> Params:
-    """A copy of the weights in ``cfg.dtype``, for use without gradients; the router, which runs in f32, keeps its own."""
+    """The weights in ``cfg.dtype``, for use without gradients; the router, which runs in f32, keeps its own."""
 
     def cast(spec: ParamSpec, w: Array) -> Array:
         return w if "router" in spec.axes or spec.is_buffer else w.astype(cfg.dtype)

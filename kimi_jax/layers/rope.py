@@ -19,9 +19,10 @@ def frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     ``beta_slow`` times over the original context. It does not depend on the sequence length.
     """
     i = np.arange(dim // 2, dtype=np.float32)
-    e = (1.0 / rope.theta ** (2 * i / dim)).astype(np.float32)
+    period = (np.float64(rope.theta) ** (2 * i / np.float32(dim))).astype(np.float32)  # rounded as the reference does:
+    fast, slow = 1 / period, 1 / (np.float32(rope.factor) * period)  # at position 100,000 the last bit is visible
     if rope.factor == 1:
-        return e
+        return fast
 
     def pair_turning(turns: float) -> float:
         span = rope.original_max_position_embeddings / (turns * 2 * math.pi)
@@ -31,8 +32,8 @@ def frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     high = min(math.ceil(pair_turning(rope.beta_slow)), dim - 1)
     if low == high:
         high += 0.001
-    ramp = np.clip((i - low) / (high - low), 0, 1).astype(np.float32)
-    return (e * (1 - ramp) + e / np.float32(rope.factor) * ramp).astype(np.float32)
+    keep = 1 - np.clip((i - np.float32(low)) / np.float32(high - low), 0, 1)
+    return (slow * (1 - keep) + fast * keep).astype(np.float32)
 
 
 def angles(positions_BT: Array, rope: RopeConfig, dim: int) -> tuple[Array, Array]:
