@@ -95,6 +95,8 @@ def _backward(scale: float, residuals, cotangents):
         dq.append(product("BNTS,BNSX->BNTX", dlogits_BNTS, k_BNSX[:, :, :stop]).astype(dtype))
         dk_BNXS = dk_BNXS.at[..., :stop].add(product("BNXT,BNTS->BNXS", q_BNXT[..., rows], dlogits_BNTS))
         dv_BNWS = dv_BNWS.at[..., :stop].add(product("BNWT,BNTS->BNWS", do_BNWT[..., rows], weights_BNTS.astype(dtype)))
+    # The barrier keeps XLA:CPU from folding these transposes into the products, in a form that it cannot run in bf16.
+    dk_BNXS, dv_BNWS = jax.lax.optimization_barrier((dk_BNXS, dv_BNWS))
     dk_BNSX, dv_BNSW = dk_BNXS.swapaxes(2, 3).astype(dtype), dv_BNWS.swapaxes(2, 3).astype(dtype)
     return jnp.concatenate(dq, axis=2), dk_BNSX, dv_BNSW, None
 
