@@ -49,8 +49,7 @@ class Checkpoints:
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """The state of ``step``, in the shapes, dtypes and shardings of ``like``, and its meta."""
         meta = _checked(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"], step)
-        found = self._manager.item_metadata(step)["state"]
-        _compare(found, like, self._directory / str(step))
+        _compare(_stored(self._directory / str(step)), like, self._directory / str(step))
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like))  # type: ignore
         return self._manager.restore(step, args=items)["state"], meta
 
@@ -84,11 +83,17 @@ def restore_params(path: Path) -> tuple[Params, dict[str, Any]]:
     step = _found(path)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.PyTreeCheckpointer() as reader:
-        stored = reader.metadata(step / "state").item_metadata.tree["params"]
+        stored = _stored(step)["params"]
         like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), stored)
         how = jax.tree.map(lambda s: ocp.ArrayRestoreArgs(sharding=sharding, dtype=s.dtype), like)
         request = ocp.args.PyTreeRestore(item={"params": like}, restore_args={"params": how}, partial_restore=True)
         return reader.restore(step / "state", args=request)["params"], read_meta(step)
+
+
+def _stored(step: Path) -> Any:
+    """Shape and dtype of every array of a checkpoint, as a nested dict."""
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.metadata(step / "state").item_metadata.tree
 
 
 def _found(path: Path) -> Path:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from kimi_jax.dims import Array
 from kimi_jax.optim import axes as matrix_axes
@@ -36,7 +37,7 @@ class MuonClipState(NamedTuple):
     count: Array
     momentum: Any
     second: Any
-    ever_clipped: Array  # bool [L, N]: heads that QK-Clip has touched so far; [0, 0] without such leaves
+    ever_clipped: Array  # bool [L, N]: heads that QK-Clip has touched so far; one False without such leaves
 
 
 def muon_clip(
@@ -124,7 +125,7 @@ def _transform(
     eps: float,
 ) -> optax.GradientTransformationExtraArgs:
     def clipped(params: Any) -> tuple[dict[str, qk_clip.Clipped], tuple[int, int]]:
-        if axes is None or tau is None:
+        if axes is None:
             return {}, (0, 0)
         return qk_clip.clipped_leaves(matrix_axes.match(params, axes), params)
 
@@ -134,17 +135,19 @@ def _transform(
         second = jax.tree.map(
             lambda p, kind: jnp.zeros_like(p) if kind == ELEMENTWISE else optax.MaskedNode(), params, kinds
         )
-        return MuonClipState(jnp.zeros((), jnp.int32), first, second, jnp.zeros(clipped(params)[1], bool))
+        leaves, n_layers_and_heads = clipped(params)
+        ever_clipped = jnp.zeros(n_layers_and_heads if leaves else (), bool)  # never empty: Orbax saves no empty array
+        return MuonClipState(jnp.zeros((), jnp.int32), first, second, ever_clipped)
 
     def update(grads: Any, state: MuonClipState, params: Any | None = None, *, max_logits: Array | None = None, **_):
         if params is None:
             raise ValueError("muon_clip needs the parameters: update(grads, state, params)")
-        leaves, (n_layers, n_heads) = clipped(params)
+        leaves, n_layers_and_heads = clipped(params)
         lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
         count = state.count + 1
         g_LN, ever_clipped = None, state.ever_clipped
-        if leaves:
-            g_LN = qk_clip.clip_factors(qk_clip.check_shape(max_logits, (n_layers, n_heads)), tau or 0.0)
+        if leaves and tau is not None:
+            g_LN = qk_clip.clip_factors(qk_clip.check_shape(max_logits, n_layers_and_heads), tau)
             ever_clipped = ever_clipped | (g_LN < 1)
 
         def one(path, layout: Layout, grad: Array, p: Array, first, second):
@@ -162,8 +165,9 @@ def _transform(
             step = -lr * (direction + weight_decay * p)
             key = jax.tree_util.keystr(path)
             if key in leaves:
-                assert g_LN is not None
-                step = qk_clip.scaled_update(step, p, g_LN, leaves[key])
+                step = lax.optimization_barrier(step)  # rounded before it is added, whether or not the clip reads it
+                if g_LN is not None:
+                    step = qk_clip.scaled_update(step, p, g_LN, leaves[key])
             return step.astype(p.dtype), first, second
 
         is_empty = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
