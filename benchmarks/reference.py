@@ -228,9 +228,7 @@ def main() -> None:
     parser.add_argument("--settings", default="", help="only the settings that contain this text")
     parser.add_argument("--preset", default="mid_196m", help=f"one of {', '.join(presets.PRESETS)}")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--threads", type=int, default=1, help="1 is best per CPU-second: nobody waits for a slower twin"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="1 never spins at a barrier, which counts as CPU time")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

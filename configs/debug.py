@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
             model=dict(preset="tiny"),
-            optimizer=dict(learning_rate=2e-3),
+            optimizer=dict(learning_rate=5e-3),
             schedule=dict(warmup_steps=20, stable_tokens=200 * 4096, decay_tokens=200 * 4096, final_factor=0.1),
             steps=400,
             batch_size=16,

@@ -21,7 +21,7 @@ LEVELS = (
     {"flops"},
     {"optim", "checkpoint", "data"},
     {"sharding"},  # mesh, rules, collectives: placement is decided above the mathematics
-    {"load"},
+    {"loading"},
     {"inference"},
     {"training"},  # shows a sample at the end
     {"server", "agent"},
@@ -135,7 +135,7 @@ def test_files_stay_small():
         ("kimi_jax.data.packing", "import kimi_jax.checkpoint.manager"),
         ("kimi_jax.dims", "import kimi_jax"),
         ("kimi_jax.presets", "from kimi_jax.flops import count"),
-        ("kimi_jax.load", "import torch"),
+        ("kimi_jax.loading", "import torch"),
         ("kimi_jax.inference.scheduler", "import jax.numpy as jnp"),
         ("kimi_jax.server.app", "from jax import Array"),
         ("kimi_jax.somewhere", "import numpy"),

@@ -33,10 +33,11 @@ def allowed_pairs(segment_ids_BT: Array, start: int, stop: int) -> Array:
 def masked_softmax(logits_BNTS: Array, allowed_BTS: Array) -> tuple[Array, Array]:
     """f32 softmax over allowed keys (zeros for a query without any), and the largest allowed logit per head, [B, N]."""
     allowed_BNTS = allowed_BTS[:, None]
-    row_max_BNT1 = jnp.max(jnp.where(allowed_BNTS, logits_BNTS, MASKED), axis=-1, keepdims=True)
+    logits_BNTS = jnp.where(allowed_BNTS, logits_BNTS, MASKED)
+    row_max_BNT1 = jax.lax.stop_gradient(jnp.max(logits_BNTS, axis=-1, keepdims=True))
     weights_BNTS = jnp.where(allowed_BNTS, jnp.exp(logits_BNTS - row_max_BNT1), 0)
     total_BNT1 = jnp.sum(weights_BNTS, axis=-1, keepdims=True)
-    return weights_BNTS / jnp.maximum(total_BNT1, 1e-30), jax.lax.stop_gradient(jnp.max(row_max_BNT1, axis=(2, 3)))
+    return weights_BNTS / jnp.where(total_BNT1 > 0, total_BNT1, 1), jnp.max(row_max_BNT1, axis=(2, 3))
 
 
 def plain_attention(q_BNTX: Array, k_BNSX: Array, v_BNSW: Array, segment_ids_BT: Array, scale: float):

@@ -153,9 +153,10 @@ def _transform(
         def one(path, layout: Layout, grad: Array, p: Array, first, second):
             if layout.kind == FROZEN:
                 return jnp.zeros_like(p), first, second
+            grad = grad.astype(first.dtype)
             if layout.kind == MATRIX:
                 assert matrix_update is not None
-                first = momentum * first + grad.astype(first.dtype)
+                first = momentum * first + grad
                 direction = matrix_update(grad, first, layout)
             else:
                 first = b1 * first + (1 - b1) * grad
@@ -170,13 +171,11 @@ def _transform(
                     step = qk_clip.scaled_update(step, p, g_LN, leaves[key])
             return step.astype(p.dtype), first, second
 
-        is_empty = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
-        columns = [jax.tree.leaves(t, is_leaf=is_empty) for t in (grads, state.momentum, state.second)]
-        kinds = jax.tree.leaves(layouts(params), is_leaf=lambda x: isinstance(x, Layout))
+        columns = [tree.flatten_up_to(t) for t in (layouts(params), grads, state.momentum, state.second)]
         results = [
             one(path, layout, grad, p, first, second)
-            for (path, p), layout, grad, first, second in zip(flat, kinds, *columns, strict=True)
+            for (path, p), layout, grad, first, second in zip(flat, *columns, strict=True)
         ]
         updates, first, second = (jax.tree.unflatten(tree, column) for column in zip(*results, strict=True))
         return updates, MuonClipState(count, first, second, ever_clipped)

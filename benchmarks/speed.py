@@ -1,0 +1,187 @@
+"""How fast are we on this CPU, beside PyTorch and transformers, in one go?
+
+    python benchmarks/speed.py                       # both sides at the mid shape, then the table of ratios
+    python benchmarks/speed.py --ours                # our side alone, as JSON lines
+    python benchmarks/speed.py --shape small_expert  # our side at a shape that MaxText's figures are known for
+
+Both sides run the operations that ``reference.py`` describes, at the same shape, one after the other, each on one core
+(per CPU-second nobody gains from a second one); medians over the repeats. "f32" compares f32 throughout; "best" compares
+each side's fastest setting with f32 weights and any dtype of the products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+BATCH, LENGTH, PROMPT, NEW = 4, 512, 32, 64
+OPERATIONS = ("forward", "forward_backward", "adamw_step", "muon_step", "decode_1", "decode_8")
+
+
+def clock() -> tuple[float, float]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime, time.perf_counter()
+
+
+def measure(what: str, setting: str, tokens: int, run: Callable[[], None], repeats: int) -> None:
+    run()
+    rates = []
+    for _ in range(repeats):
+        before = clock()
+        run()
+        rates.append([tokens / (b - a) for a, b in zip(before, clock(), strict=True)])
+    cpu, wall = (statistics.median(column) for column in zip(*rates, strict=True))
+    record = {"what": what, "setting": setting, "tokens_per_cpu_s": round(cpu, 1), "tokens_per_s": round(wall, 1)}
+    print(json.dumps(record), flush=True)
+
+
+def model_of(shape: str):
+    from kimi_jax import presets
+    from kimi_jax.config import ModelConfig
+
+    if shape == "mid":
+        return presets.mid_196m(), BATCH, LENGTH
+    small_expert = ModelConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=1024,
+        moe_intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        rope=presets.YARN_K2,
+        max_position_embeddings=131_072,
+        routed_scaling_factor=presets.gate_scale(16, 4),
+    )
+    return small_expert, 8, 256
+
+
+def ours(shape: str, only: set[str], dtypes: list[str], repeats: int) -> None:
+    import jax
+    import numpy as np
+
+    from kimi_jax.data.packing import Batch
+    from kimi_jax.inference import decode
+    from kimi_jax.model import KimiK2, in_compute_dtype
+    from kimi_jax.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+    from kimi_jax.training.step import batch_sums, init_state, train_step
+
+    base, batch_size, length = model_of(shape)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, base.vocab_size, (batch_size, length + 1)).astype(np.int32)
+    ones = np.ones((batch_size, length), np.int32)
+    places = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
+    batch = jax.device_put(Batch(ids[:, :-1], ids[:, 1:], ones, places, ones.astype(np.float32)))
+    tokens = batch_size * length
+    for dtype in dtypes:
+        cfg = base.replace(dtype=dtype)
+        config = TrainConfig(
+            model=cfg, batch_size=batch_size, seq_len=length, schedule=ScheduleConfig(warmup_steps=0)
+        )
+        params = jax.jit(partial(init_state, config))().params
+        label = {"bfloat16": "bf16 products", "float32": "f32"}[dtype]
+        if "forward" in only:
+            forward = jax.jit(lambda p, t, cfg=cfg: KimiK2(cfg).apply({"params": p}, t))
+            measure("forward", label, tokens, lambda: jax.block_until_ready(forward(params, batch.tokens)), repeats)
+        if "forward_backward" in only:
+            sums = jax.jit(partial(batch_sums, config))
+            measure("forward_backward", label, tokens, lambda: jax.block_until_ready(sums(params, batch)), repeats)
+        for what, name in (("adamw_step", "adamw"), ("muon_step", "muon_clip")):
+            if what not in only:
+                continue
+            optimizer = OptimizerConfig(name=name, ns_dtype=dtype)
+            run = TrainConfig(
+                model=cfg,
+                batch_size=batch_size,
+                seq_len=length,
+                optimizer=optimizer,
+                schedule=ScheduleConfig(warmup_steps=0),
+            )
+            state = [jax.jit(partial(init_state, run))()]
+            step = jax.jit(partial(train_step, run), donate_argnums=0)
+
+            def train(state=state, step=step):
+                state[0], metrics = step(state[0], batch)
+                jax.block_until_ready((state[0], metrics))
+
+            measure(what, label, tokens, train, repeats)
+            del state
+        for size in (1, 8):
+            if f"decode_{size}" not in only:
+                continue
+            weights = jax.jit(partial(in_compute_dtype, cfg))(params)
+            prompts = ids[:1, :PROMPT].repeat(size, axis=0).tolist()
+
+            def steps(weights=weights, prompts=prompts, cfg=cfg):
+                found = decode.generate(weights, cfg, prompts, new_tokens=NEW + 1)
+                next(found)  # the prompt
+                before = clock()
+                for _ in found:
+                    pass
+                return [b - a for a, b in zip(before, clock(), strict=True)]
+
+            steps()
+            cpu, wall = (statistics.median(c) for c in zip(*(steps() for _ in range(repeats)), strict=True))
+            rates = {"tokens_per_cpu_s": round(size * NEW / cpu, 1), "tokens_per_s": round(size * NEW / wall, 1)}
+            print(json.dumps({"what": f"decode_{size}", "setting": label, **rates}), flush=True)
+
+
+def lines_of(command: list[str]) -> list[dict]:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+
+
+def compare(only: set[str], repeats: int) -> None:
+    one_core = ["taskset", "-c", "0"]
+    arguments = ["--only", ",".join(sorted(only)), "--repeats", str(repeats)]
+    here = Path(__file__)
+    theirs = lines_of([*one_core, sys.executable, str(here.with_name("reference.py")), *arguments])
+    mine = lines_of([*one_core, sys.executable, str(here), "--ours", *arguments])
+    print(f"{'operation':18}{'f32: ours':>12}{'theirs':>9}{'ratio':>7}   {'best: ours':>12}{'theirs':>9}{'ratio':>7}")
+    for what in OPERATIONS:
+        row = f"{what:18}"
+        for chosen in (lambda s: s.startswith("f32"), lambda s: not s.startswith("bf16 ") or s == "bf16 products"):
+            rates = [
+                max((r["tokens_per_cpu_s"] for r in side if r["what"] == what and chosen(r["setting"])), default=0.0)
+                for side in (mine, theirs)
+            ]
+            if all(rates):
+                row += f"{rates[0]:12.1f}{rates[1]:9.1f}{rates[0] / rates[1]:7.2f}   "
+        if what in only:
+            print(row)
+    print("(tokens per CPU-second)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ours", action="store_true")
+    parser.add_argument("--shape", choices=("mid", "small_expert"), default="mid")
+    parser.add_argument("--only", default=",".join(OPERATIONS))
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    only = set(args.only.split(","))
+    if args.ours or args.shape != "mid":
+        ours(args.shape, only, args.dtypes.split(","), args.repeats)
+    else:
+        compare(only, args.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Sorting assignments by expert and coming back, with the gradients of both ways."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kimi_jax.layers.dispatch import combine, gather_tokens, sort_assignments, sum_copies, unsort
+
+M, K, E, D = 11, 3, 6, 4
+RNG = np.random.default_rng(0)
+EXPERTS = np.stack([RNG.permutation(E - 1)[:K] for _ in range(M)])  # nobody chooses the last one
+
+
+def test_order():
+    order = sort_assignments(jnp.asarray(EXPERTS), E)
+    order_A, inverse_MK = np.asarray(order.order_A), np.asarray(order.inverse_MK)
+    assert sorted(order_A) == list(range(M * K))
+    assert (np.diff(EXPERTS.reshape(-1)[order_A]) >= 0).all()
+    np.testing.assert_array_equal(order_A[inverse_MK], np.arange(M * K).reshape(M, K))
+    np.testing.assert_array_equal(order.sizes_E, [(EXPERTS == e).sum() for e in range(E)])
+
+
+def test_there_and_back():
+    order = sort_assignments(jnp.asarray(EXPERTS), E)
+    x = RNG.standard_normal((M, D)).astype(np.float32)
+    x_AD = gather_tokens(jnp.asarray(x), order)
+    np.testing.assert_array_equal(x_AD, np.repeat(x, K, axis=0)[np.asarray(order.order_A)])
+    np.testing.assert_array_equal(unsort(x_AD, order), np.repeat(x[:, None], K, axis=1))
+    np.testing.assert_allclose(sum_copies(x_AD, order), K * x, rtol=1e-6)
+
+
+def test_combine():
+    y, weights = RNG.standard_normal((M, K, D)), RNG.uniform(size=(M, K))
+    ours = combine(jnp.asarray(y, jnp.float32), jnp.asarray(weights, jnp.float32))
+    np.testing.assert_allclose(ours, (y * weights[..., None]).sum(axis=1), atol=1e-6)
+    assert combine(jnp.ones((M, K, D), jnp.bfloat16), jnp.ones((M, K))).dtype == jnp.float32
+
+
+def test_gradients_are_those_of_plain_indexing():
+    order = sort_assignments(jnp.asarray(EXPERTS), E)
+    x, y = (jnp.asarray(RNG.standard_normal(shape), jnp.float32) for shape in ((M, D), (M * K, D)))
+    dx_AD, dy_MKD = (jnp.asarray(RNG.standard_normal(shape), jnp.float32) for shape in ((M * K, D), (M, K, D)))
+    for ours, plain, at, cotangent in (
+        (gather_tokens, lambda x: x[order.order_A // K], x, dx_AD),
+        (unsort, lambda y: y[order.inverse_MK], y, dy_MKD),
+    ):
+        (found,) = jax.vjp(lambda a, f=ours: f(a, order), at)[1](cotangent)
+        (expected,) = jax.vjp(plain, at)[1](cotangent)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_token_s_gradient_is_summed_in_float32():
+    order = sort_assignments(jnp.asarray([[0, 1, 2]]), E)
+    dx_AD = jnp.asarray([[256.0], [1.0], [1.0]], jnp.bfloat16)  # in bf16, 256 + 1 = 256
+    (dx_MD,) = jax.vjp(lambda x: gather_tokens(x, order), jnp.zeros((1, 1), jnp.bfloat16))[1](dx_AD)
+    assert dx_MD.dtype == jnp.bfloat16 and float(dx_MD[0, 0]) == 258
