@@ -90,9 +90,7 @@ def ours(shape: str, only: set[str], dtypes: list[str], repeats: int) -> None:
     tokens = batch_size * length
     for dtype in dtypes:
         cfg = base.replace(dtype=dtype)
-        config = TrainConfig(
-            model=cfg, batch_size=batch_size, seq_len=length, schedule=ScheduleConfig(warmup_steps=0)
-        )
+        config = TrainConfig(model=cfg, batch_size=batch_size, seq_len=length, schedule=ScheduleConfig(warmup_steps=0))
         params = jax.jit(partial(init_state, config))().params
         label = {"bfloat16": "bf16 products", "float32": "f32"}[dtype]
         if "forward" in only:

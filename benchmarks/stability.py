@@ -55,7 +55,9 @@ def main() -> None:
         right.plot(steps, [r["bits_per_byte"] for r in records], label=name, lw=0.9)
         last = records[-50:]
         loss = sum(r["bits_per_byte"] for r in last) / len(last)
-        print(f"{name:16} largest logit {max(r['max_logit'] for r in records):8.1f}   last 50 steps {loss:.4f} bits/byte")
+        print(
+            f"{name:16} largest logit {max(r['max_logit'] for r in records):8.1f}   last 50 steps {loss:.4f} bits/byte"
+        )
     left.axhline(args.tau, ls="--", color="grey", lw=0.8)
     left.set(title="largest attention logit", xlabel="step", yscale="log")
     right.set(title="training bits per byte", xlabel="step")

@@ -31,9 +31,7 @@ def load(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> tu
     The whole model is held in memory. Raises ``UserError`` on anything missing, left over, truncated or not finite.
     """
     path = Path(path).expanduser()
-    wanted = None if dtype is None else jnp.dtype(dtype)
-    if wanted is not None and wanted.name not in ("float32", "bfloat16"):
-        raise UserError(f"dtype must be float32 or bfloat16, not {wanted.name}")
+    wanted = None if dtype is None else _compute_dtype(dtype)
     if not path.exists():
         raise UserError(f"there is no {path}")
     if (path / "config.json").exists():
@@ -44,6 +42,14 @@ def load(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> tu
         cfg, params = _from_checkpoint(path, wanted)
     placement = NamedSharding(mesh, PartitionSpec()) if mesh else jax.devices()[0]
     return KimiK2(cfg), jax.tree.map(lambda w: jax.device_put(w, placement), params)
+
+
+def _compute_dtype(dtype: Any) -> np.dtype:
+    allowed = [jnp.dtype(name) for name in ("float32", "bfloat16")]
+    try:
+        return allowed[allowed.index(jnp.dtype(dtype))]
+    except (TypeError, ValueError):
+        raise UserError(f"dtype must be float32 or bfloat16, not {dtype}") from None
 
 
 def tokenizer_of(path: str | Path) -> str | None:
@@ -77,8 +83,7 @@ def _from_hf(path: Path, dtype: np.dtype | None) -> tuple[ModelConfig, Params]:
     _check_names(cfg, raw, tensors, entries, path)
     stored = _stored_dtype(tensors, entries) if dtype is None else dtype
     cfg = cfg.replace(dtype=stored.name, param_dtype=stored.name)
-    quantisation = raw.get("quantization_config") or {}
-    rows, columns = quantisation.get("weight_block_size") or fp8.BLOCK
+    block = _block_size(raw.get("quantization_config") or {})
 
     def empty(spec: ParamSpec) -> np.ndarray:
         return np.empty(spec.shape, np.float32 if spec.is_buffer else stored)
@@ -88,8 +93,18 @@ def _from_hf(path: Path, dtype: np.dtype | None) -> tuple[ModelConfig, Params]:
         target = params
         for key in entry.path:
             target = target[key]
-        target[entry.index] = entry.from_hf(_weights(entry, tensors, (rows, columns)))
+        target[entry.index] = entry.from_hf(_weights(entry, tensors, block))
     return cfg, params
+
+
+def _block_size(quantisation: dict) -> tuple[int, int]:
+    """Rows and columns that share a scale, from ``quantization_config``."""
+    method, block = quantisation.get("quant_method", "fp8"), quantisation.get("weight_block_size") or fp8.BLOCK
+    if method != "fp8":
+        raise UserError(f"config.json: quant_method={method!r} is not supported (only 'fp8' in blocks)")
+    if len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+        raise UserError(f"config.json: weight_block_size={block!r} must be two positive numbers")
+    return block[0], block[1]
 
 
 def _check_names(cfg: ModelConfig, raw: dict, tensors: dict, entries: list[Entry], path: Path) -> None:
@@ -115,9 +130,9 @@ def _check_names(cfg: ModelConfig, raw: dict, tensors: dict, entries: list[Entry
 
 
 def _stored_dtype(tensors: dict[str, tuple[np.ndarray, Path]], entries: list[Entry]) -> np.dtype:
-    """bf16 if every matrix is bf16 (or f16), else f32."""
+    """bf16 if every matrix is bf16, else f32, which holds fp8, f16 and bf16 exactly."""
     matrices = [tensors[entry.name][0].dtype for entry in entries if len(entry.shape) == 2]
-    half = all(dtype in (ml_dtypes.bfloat16, np.float16) for dtype in matrices)
+    half = all(dtype == ml_dtypes.bfloat16 for dtype in matrices)
     return jnp.dtype(jnp.bfloat16 if half else jnp.float32)
 
 
@@ -127,10 +142,13 @@ def _weights(entry: Entry, tensors: dict[str, tuple[np.ndarray, Path]], block: t
     where = f"{file}: {entry.name}"
     if tensor.shape != entry.shape:
         raise UserError(f"{where} has shape {tensor.shape}, but config.json implies {entry.shape}")
+    scale_name = entry.name + SCALE_SUFFIX
     if tensor.dtype == ml_dtypes.float8_e4m3fn:
-        if entry.name + SCALE_SUFFIX not in tensors:
-            raise UserError(f"{where} is fp8, but there is no {entry.name + SCALE_SUFFIX}")
-        tensor = fp8.dequantise(tensor, tensors[entry.name + SCALE_SUFFIX][0], where, block)
+        if scale_name not in tensors:
+            raise UserError(f"{where} is fp8, but there is no {scale_name}")
+        tensor = fp8.dequantise(tensor, tensors[scale_name][0], where, block)
+    elif scale_name in tensors:
+        raise UserError(f"{where} is {tensor.dtype}, but there is a {scale_name}: only fp8 weights have scales")
     elif tensor.dtype not in FLOATS:
         raise UserError(f"{where} has dtype {tensor.dtype}, which is not a weight's")
     if not np.isfinite(tensor.astype(np.float32)).all():

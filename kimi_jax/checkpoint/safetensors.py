@@ -52,7 +52,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
     try:
         header = json.loads(data[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
-        return {name: _tensor(path, name, entry, data[8 + length :]) for name, entry in header.items()}
+        tensors = {name: _tensor(path, name, entry, data[8 + length :]) for name, entry in header.items()}
+        _check_no_gaps(path, [entry["data_offsets"] for entry in header.values()], size - 8 - length)
+        return tensors
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -70,6 +72,17 @@ def _tensor(path: Path, name: str, entry: Mapping[str, Any], data: np.ndarray) -
     if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
         raise UserError(f"{path}: {name} has {end - start} bytes, which is not {shape} of {dtype}")
     return data[start:end].view(dtype).reshape(shape)
+
+
+def _check_no_gaps(path: Path, spans: list[list[int]], size: int) -> None:
+    """The format wants every byte of the data in exactly one tensor."""
+    covered = 0
+    for start, end in sorted(spans):
+        if start != covered:
+            raise UserError(f"{path} is damaged: its tensors overlap or leave a gap at byte {covered} of the data")
+        covered = end
+    if covered != size:
+        raise UserError(f"{path} is damaged: its tensors end at byte {covered} of the data, which has {size}")
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
@@ -92,10 +105,11 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
 def read_directory(folder: Path) -> dict[str, tuple[np.ndarray, Path]]:
     """Every tensor of a checkpoint and the file that it is in, whatever the layout of the shards.
 
-    With an index, the files that it names; otherwise every ``*.safetensors`` in the folder.
+    With an index, the files that it names; otherwise every ``*.safetensors`` in the folder. A ``model.safetensors``
+    that the index does not name replaces it: that is how transformers overwrites a larger model.
     """
     folder = Path(folder)
-    index = folder / INDEX
+    index, whole = folder / INDEX, folder / "model.safetensors"
     files = sorted(folder.glob("*.safetensors"))
     expected: dict[str, str] = {}
     if index.exists():
@@ -104,6 +118,8 @@ def read_directory(folder: Path) -> dict[str, tuple[np.ndarray, Path]]:
             files = [folder / name for name in sorted(set(expected.values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not an index of safetensors: {error}") from error
+        if whole.exists() and whole not in files:
+            expected, files = {}, [whole]
     if not files:
         raise UserError(f"{folder} holds no *.safetensors")
     found: dict[str, tuple[np.ndarray, Path]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from kimi_jax.dims import BUFFER, EXPERTS, HEADS, LAYERS, VOCAB, Array, Axes, Fu
 
 MATRIX, ELEMENTWISE, FROZEN = "matrix", "elementwise", "frozen"
 STACKS = (LAYERS, EXPERTS)
-NOT_HIDDEN = ("embed", "lm_head", "head", "wte", "wpe", "vocab")  # in a leaf's path: an embedding or an output head
+NOT_HIDDEN = re.compile(r"(.*_)?embed.*|unembed.*|vocab.*|wte|wpe|(lm_|output_)?head")  # a key of the leaf's path
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def match(params: Any, axes: Any) -> Any:
 
 
 def _by_name(path, leaf) -> Layout:
-    name = jax.tree_util.keystr(path).lower()
-    hidden = not any(word in name for word in NOT_HIDDEN)
+    keys = re.findall(r"\w+", jax.tree_util.keystr(path).lower())
+    hidden = not any(NOT_HIDDEN.fullmatch(key) for key in keys)
     return Layout(MATRIX) if leaf.ndim == 2 and hidden else Layout(ELEMENTWISE)
 
 
@@ -71,12 +72,12 @@ def _by_axes(path: str, leaf: Array, axes: Axes, split_fused: bool) -> Layout:
         return Layout(FROZEN)
     stack = next((i for i, axis in enumerate(axes) if axis not in STACKS), len(axes))
     inner = axes[stack:]
-    if VOCAB in axes or len(inner) < 2:
+    sides = len(inner) - (HEADS in inner)
+    if VOCAB in axes or sides < 2:
         return Layout(ELEMENTWISE)
     if any(axis in STACKS for axis in inner):
         raise ValueError(f"parameter {path}: stack axes must come first in {axes}")
     rows = 2 if inner[0] == HEADS else 1
-    sides = len(inner) - (HEADS in inner)
     if sides != 2:
         raise ValueError(f"parameter {path}: {axes} does not name the two sides of a matrix")
     last = inner[-1]

@@ -58,8 +58,8 @@ def clipped_leaves(axes: Any, params: Any) -> tuple[dict[str, Clipped], tuple[in
 
 
 def clip_factors(max_logits_LN: Array, tau: float) -> Array:
-    """g = min(1, tau / S), exactly 1 where S <= tau, and 1 where S is not a number."""
-    over_LN = max_logits_LN > tau
+    """g = min(1, tau / S), exactly 1 where S <= tau, and 1 where S is not finite: such a step is not to be repaired."""
+    over_LN = jnp.isfinite(max_logits_LN) & (max_logits_LN > tau)
     return jnp.where(over_LN, tau / jnp.where(over_LN, max_logits_LN, 1.0), 1.0)
 
 

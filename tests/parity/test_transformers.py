@@ -86,7 +86,7 @@ def build(case: Case) -> DeepseekV3ForCausalLM:
     torch.manual_seed(len(str(case)))
     model = DeepseekV3ForCausalLM(config).float()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.ndim > 1:
                 p.normal_(std=1.5 * p.shape[-1] ** -0.5)
             else:
@@ -163,7 +163,8 @@ def test_forward_and_backward(name, tmp_path):
             return -jnp.mean(picked), (logits, stats)
 
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        hidden, _ = model.apply({"params": params}, jnp.asarray(tokens), jnp.asarray(positions), method=KimiK2.hidden_states)
+        inputs = (jnp.asarray(tokens), jnp.asarray(positions))
+        hidden, _ = model.apply({"params": params}, *inputs, method=KimiK2.hidden_states)
         return *aux, hidden, grads
 
     logits, stats, hidden, grads = jax.device_get(run(params))

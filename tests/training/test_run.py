@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -44,6 +43,11 @@ def command(config: Path, workdir: Path, *overrides: str) -> list[str]:
 
 def train(config: Path, workdir: Path, *overrides: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(config, workdir, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"kimi_jax.{module}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
@@ -170,17 +174,14 @@ def test_unwritable_workdir(config, tmp_path):
 
 def test_help_has_examples():
     for module in ("train", "generate"):
-        done = subprocess.run([sys.executable, "-m", f"kimi_jax.{module}", "--help"], cwd=ROOT, capture_output=True, text=True)
+        done = run_module(module, "--help")
         assert done.returncode == 0 and "examples:" in done.stdout
 
 
 def test_generate_reads_the_run(uninterrupted):
     arguments = ["--checkpoint", str(uninterrupted), "--prompt", "def ", "--max-new-tokens", "5"]
-    runs = [
-        subprocess.run([sys.executable, "-m", "kimi_jax.generate", *arguments], cwd=ROOT, capture_output=True, text=True)
-        for _ in range(2)
-    ]
+    runs = [run_module("generate", *arguments) for _ in range(2)]
     assert runs[0].returncode == 0, runs[0].stderr
     assert runs[0].stdout == runs[1].stdout and runs[0].stdout.strip()
-    missing = [sys.executable, "-m", "kimi_jax.generate", "--checkpoint", str(uninterrupted / "no"), "--prompt", "x"]
-    assert "no" in one_line(subprocess.run(missing, cwd=ROOT, capture_output=True, text=True))
+    missing = run_module("generate", "--checkpoint", str(uninterrupted / "absent"), "--prompt", "x")
+    assert "absent" in one_line(missing)
