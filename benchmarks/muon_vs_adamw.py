@@ -51,16 +51,13 @@ def main() -> None:
             best[name] = min(best.get(name, (9e9, 0.0, [])), (held_out, rate, records), key=lambda entry: entry[0])
     goal = smoothed(best["adamw"][2])[-1]
     reached = next((i + 1 for i, loss in enumerate(smoothed(best["muon_clip"][2])) if loss <= goal), None)
-    print(
-        f"AdamW at {best['adamw'][1]}: training loss {goal:.4f} after {args.steps} steps, held-out {best['adamw'][0]:.4f}"
-    )
+    (adamw, adamw_rate, _), (muon, muon_rate, _) = best["adamw"], best["muon_clip"]
+    print(f"AdamW at {adamw_rate}: training loss {goal:.4f} after {args.steps} steps, held-out {adamw:.4f}")
     if reached is None:
         print("Muon does not reach it")
     else:
         share = reached / args.steps
-        print(
-            f"Muon at {best['muon_clip'][1]}: there after {reached} steps, {share:.2f} of AdamW's; held-out {best['muon_clip'][0]:.4f}"
-        )
+        print(f"Muon at {muon_rate}: there after {reached} steps, {share:.2f} of AdamW's; held-out {muon:.4f}")
 
 
 if __name__ == "__main__":

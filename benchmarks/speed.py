@@ -4,9 +4,9 @@
     python benchmarks/speed.py --ours                # our side alone, as JSON lines
     python benchmarks/speed.py --shape small_expert  # our side at a shape that MaxText's figures are known for
 
-Both sides run the operations that ``reference.py`` describes, at the same shape, one after the other, each on one core
-(per CPU-second nobody gains from a second one); medians over the repeats. "f32" compares f32 throughout; "best" compares
-each side's fastest setting with f32 weights and any dtype of the products.
+Both sides run the operations that ``reference.py`` describes, at the same shape, one after the other, each on one
+core (per CPU-second nobody gains from a second one); medians over the repeats. "f32" compares f32 throughout; "best"
+compares each side's fastest setting with f32 weights and any dtype of the products.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ def ours(shape: str, only: set[str], dtypes: list[str], repeats: int) -> None:
     from kimi_jax.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
     from kimi_jax.training.step import batch_sums, init_state, train_step
 
+    def finish(function, *arguments):
+        jax.block_until_ready(function(*arguments))
+
     base, batch_size, length = model_of(shape)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, base.vocab_size, (batch_size, length + 1)).astype(np.int32)
@@ -95,10 +98,10 @@ def ours(shape: str, only: set[str], dtypes: list[str], repeats: int) -> None:
         label = {"bfloat16": "bf16 products", "float32": "f32"}[dtype]
         if "forward" in only:
             forward = jax.jit(lambda p, t, cfg=cfg: KimiK2(cfg).apply({"params": p}, t))
-            measure("forward", label, tokens, lambda: jax.block_until_ready(forward(params, batch.tokens)), repeats)
+            measure("forward", label, tokens, partial(finish, forward, params, batch.tokens), repeats)
         if "forward_backward" in only:
             sums = jax.jit(partial(batch_sums, config))
-            measure("forward_backward", label, tokens, lambda: jax.block_until_ready(sums(params, batch)), repeats)
+            measure("forward_backward", label, tokens, partial(finish, sums, params, batch), repeats)
         for what, name in (("adamw_step", "adamw"), ("muon_step", "muon_clip")):
             if what not in only:
                 continue

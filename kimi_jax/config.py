@@ -84,8 +84,9 @@ class ModelConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and field.name not in _MAY_BE_ZERO and value < 1:
-                raise UserError(f"model.{field.name} must be at least 1, not {value}")
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise UserError(f"model.{field.name} must be at least {least}, not {value}")
         if self.num_experts_per_tok > self.n_routed_experts:
             raise UserError(
                 f"model.num_experts_per_tok ({self.num_experts_per_tok}) exceeds "

@@ -178,10 +178,21 @@ def flat_state(tree) -> dict:
         ({"a": ("layers", "embed", "mlp"), "b": ("embed",)}, "a"),  # too many
         ({"a": ("embed", Fused((("x", 2), ("y", 3)))), "b": ("embed",)}, "a"),  # parts of another size
         ({"a": ("embed", "experts"), "b": ("embed",)}, "a"),  # a stack axis inside the matrix
-        ({"a": ("heads", "value"), "b": ("embed",)}, "a"),  # one side only
     ],
 )
 def test_axes_that_do_not_fit_name_the_leaf(axes, named):
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones(3)}
     with pytest.raises(ValueError, match=rf"\['{named}'\]"):
         muon_clip(LR, axes=axes).init(params)
+
+
+def test_a_bias_per_head_is_no_matrix():
+    state = muon_clip(LR, axes={"bias": ("heads", "value")}).init({"bias": jnp.ones((3, 4))})
+    assert state.second["bias"].shape == (3, 4)
+
+
+def test_names_are_matched_as_whole_keys():
+    params = {"multi_head_attention": {"w": jnp.ones((3, 4))}, "lm_head": {"w": jnp.ones((3, 4))}}
+    second = muon_clip(LR).init(params).second
+    assert isinstance(second["multi_head_attention"]["w"], optax.MaskedNode)
+    assert second["lm_head"]["w"].shape == (3, 4)
