@@ -224,8 +224,10 @@ def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in set(found) - known:
         if found[key] not in (None, {"truncate": True, "partial_rotary_factor": 1.0}.get(key)):
             raise UserError(f"config.json: rope option {key}={found[key]!r} is not supported")
-    if "mscale" not in found:
-        values["mscale"] = 0.0
+    longest = config.get("max_position_embeddings", ModelConfig.max_position_embeddings)
+    values.setdefault("original_max_position_embeddings", longest)
+    values.setdefault("factor", longest / values["original_max_position_embeddings"])
+    values.setdefault("mscale", 0.0)
     return {"theta": float(theta), **values}
 
 

@@ -139,6 +139,14 @@ def test_mscales_as_transformers_reads_them(mscales, attention, softmax):
     assert cfg.softmax_scale == pytest.approx(192**-0.5 * softmax)
 
 
+def test_what_yarn_leaves_out_follows_from_the_longest_context():
+    scaling = {"type": "yarn", "factor": 4.0, "beta_fast": None}
+    cfg = ModelConfig.from_hf(RELEASED | {"rope_scaling": scaling})
+    assert cfg.rope == RopeConfig(50_000.0, 4.0, 131_072, 32.0, 1.0, mscale=0.0)
+    scaling = {"type": "yarn", "factor": None, "original_max_position_embeddings": 8192}
+    assert ModelConfig.from_hf(RELEASED | {"rope_scaling": scaling}).rope.factor == 16.0
+
+
 @pytest.mark.parametrize(
     "cfg",
     [

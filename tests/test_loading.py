@@ -132,7 +132,9 @@ def test_shards_with_weight_and_scale_apart(tmp_path):
     for file in set(files.values()):
         safetensors.write(folder / file, {name: w for name, w in tensors.items() if files[name] == file})
     _, without_index = kimi_jax.load(folder)
-    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": {name: str(file) for name, file in files.items()}}))
+    (folder / safetensors.INDEX).write_text(
+        json.dumps({"weight_map": {name: str(file) for name, file in files.items()}})
+    )
     _, with_index = kimi_jax.load(folder)
     for found in (without_index, with_index):
         jax.tree.map(np.testing.assert_array_equal, found, expected)

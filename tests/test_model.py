@@ -66,7 +66,7 @@ def test_init_makes_what_specs_declare(name):
 
 
 def test_initial_values():
-    params = KimiK2(CFG).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(KimiK2(CFG).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     for spec, w in zip(jax.tree.leaves(specs(CFG), is_leaf=is_spec), jax.tree.leaves(params), strict=True):
         w = np.asarray(w)
         if spec.std is None:

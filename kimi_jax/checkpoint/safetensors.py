@@ -86,7 +86,7 @@ def _check_no_gaps(path: Path, spans: list[list[int]], size: int) -> None:
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one file, in the order given."""
+    """Writes one file, in the order given; it appears when it is complete, and maps of an older one stay valid."""
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -96,10 +96,13 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor).tobytes())
+            file.write(tensor.tobytes())
+    unfinished.replace(path)
 
 
 def read_directory(folder: Path) -> dict[str, tuple[np.ndarray, Path]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import sys
 from functools import partial
@@ -223,7 +224,13 @@ def _make_writable(workdir: Path) -> None:
 
 
 def train(cfg: TrainConfig, workdir: Path) -> None:
-    """Trains ``cfg`` in ``workdir``, or says that there is nothing left to do."""
+    """Trains ``cfg`` in ``workdir``, or says that there is nothing left to do.
+
+    Compiled programs are kept in the user's cache folder, so that the next start of the same run is quick.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "kimi_jax"))
     run = Run(cfg, workdir)
     if run.step >= cfg.steps:
         print(f"{workdir} is already at step {run.step} of {cfg.steps}; raise steps to train on", file=sys.stderr)

@@ -20,7 +20,7 @@ from jax import lax
 from kimi_jax.data.packing import Batch
 from kimi_jax.dims import Array, Params, axes_of
 from kimi_jax.layers.router import updated_bias
-from kimi_jax.model import KimiK2, hidden_states, specs
+from kimi_jax.model import hidden_states, init_params, specs
 from kimi_jax.optim import adamw, muon_clip, warmup_stable_cosine
 from kimi_jax.training.config import TrainConfig
 from kimi_jax.training.loss import cross_entropy
@@ -88,8 +88,7 @@ def optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
 
 def init_state(cfg: TrainConfig) -> TrainState:
     """The state before the first step; wrap in ``jax.jit`` or ``jax.eval_shape``."""
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    params = KimiK2(cfg.model).init(jax.random.key(cfg.seed), tokens_BT)["params"]
+    params = init_params(cfg.model, cfg.seed)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer(cfg).init(params))
 
 

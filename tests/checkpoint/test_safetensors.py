@@ -68,6 +68,30 @@ def test_reading_is_by_map(tmp_path):
     assert not found.flags.owndata and not found.flags.writeable
 
 
+def test_a_file_that_is_in_use_can_be_replaced(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write(path, {"w": np.ones(10_000)})
+    old = read(path)["w"]
+    write(path, {"w": np.zeros(3)})
+    assert old.sum() == 10_000 and read(path)["w"].shape == (3,)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_nothing_half_written_appears(tmp_path):
+    """Writing fails in the middle: the old file stays, and no ``*.safetensors`` is new."""
+
+    class Failing(np.ndarray):
+        def tobytes(self, order=None):
+            raise OSError("disk full")
+
+    write(tmp_path / "x.safetensors", {"w": A})
+    for name in ("x", "y"):
+        with pytest.raises(OSError, match="disk full"):
+            write(tmp_path / f"{name}.safetensors", {"v": B, "w": B.view(Failing)})
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["x.safetensors"]
+    assert read_directory(tmp_path).keys() == {"w"}
+
+
 def test_every_truncation_is_an_error(tmp_path):
     path = tmp_path / "x.safetensors"
     write(path, {"a.weight": np.ones((2, 3), np.float32), "b.weight": np.ones(5, ml_dtypes.bfloat16)})
