@@ -74,7 +74,13 @@ def reference(p, x, weights, experts, dy):
 
 def as_arrays(dtype, p, x, weights, experts, dy):
     params = {name: jnp.asarray(w, jnp.float32) for name, w in p.items()}
-    return params, jnp.asarray(x, dtype), jnp.asarray(weights, jnp.float32), jnp.asarray(experts), jnp.asarray(dy, dtype)
+    return (
+        params,
+        jnp.asarray(x, dtype),
+        jnp.asarray(weights, jnp.float32),
+        jnp.asarray(experts),
+        jnp.asarray(dy, dtype),
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -84,7 +90,8 @@ def value_and_gradients(path: str, params, x, weights, experts, dy):
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path in EXPERT_PATHS if path != "fastest" for name in CASES] + [("fastest", "random")]
+    ("path", "name"),
+    [(path, name) for path in EXPERT_PATHS if path != "fastest" for name in CASES] + [("fastest", "random")],
 )
 def test_float32(path, name):
     problem = inputs(name)

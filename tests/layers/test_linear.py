@@ -38,7 +38,9 @@ def operand(axes: str, seed: int) -> np.ndarray:
 def assert_close(ours, theirs, dtype):
     tolerance = 2e-6 if dtype == jnp.float32 else 2**-8  # of the largest, and one rounding to bf16
     assert ours.dtype == dtype
-    np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
+    np.testing.assert_allclose(
+        np.asarray(ours, np.float64), theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max()
+    )
 
 
 @pytest.mark.parametrize("spec", CONTRACTIONS)

@@ -33,7 +33,9 @@ def test_frequencies_of_kimi_k2():
     ],
 )
 def test_frequencies_of_yarn(theta, factor, original, fast, slow, dim):
-    rope = RopeConfig(theta=theta, factor=factor, original_max_position_embeddings=original, beta_fast=fast, beta_slow=slow)
+    rope = RopeConfig(
+        theta=theta, factor=factor, original_max_position_embeddings=original, beta_fast=fast, beta_slow=slow
+    )
 
     def pair_that_turns(r):  # theta^(-2i/dim) * original = 2 pi r
         return dim / 2 * math.log(original / (2 * math.pi * r), theta)
@@ -70,7 +72,9 @@ def rotated(x: np.ndarray, positions: np.ndarray, rope: RopeConfig) -> np.ndarra
     return rope.attention_scaling * np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
 
 
-@pytest.mark.parametrize("rope", [presets.YARN_K2, RopeConfig(factor=8.0, mscale=0.7, mscale_all_dim=1.3), RopeConfig()])
+@pytest.mark.parametrize(
+    "rope", [presets.YARN_K2, RopeConfig(factor=8.0, mscale=0.7, mscale_all_dim=1.3), RopeConfig()]
+)
 def test_rotation(rope):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 7, 3, 10)).astype(np.float32)

@@ -53,7 +53,9 @@ def a_batch() -> Batch:
     positions = np.tile([*range(5), *range(7)], (4, 1))
     segments[3, 8:] = 0
     weights[3, 8:] = 0
-    return Batch(*(jnp.asarray(a, jnp.int32) for a in (tokens, targets, segments, positions)), jnp.asarray(weights, jnp.float32))
+    return Batch(
+        *(jnp.asarray(a, jnp.int32) for a in (tokens, targets, segments, positions)), jnp.asarray(weights, jnp.float32)
+    )
 
 
 def a_state(cfg: TrainConfig, params) -> TrainState:
@@ -73,7 +75,10 @@ def test_loss_is_the_mean_over_weighted_tokens(whole):
     params, batch = parameters(), a_batch()
     logits = KimiK2(MODEL).apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
     logits = np.asarray(logits, np.float64)
-    nll = np.log(np.exp(logits).sum(axis=-1)) - np.take_along_axis(logits, np.asarray(batch.targets)[..., None], -1)[..., 0]
+    nll = (
+        np.log(np.exp(logits).sum(axis=-1))
+        - np.take_along_axis(logits, np.asarray(batch.targets)[..., None], -1)[..., 0]
+    )
     weights = np.asarray(batch.weights, np.float64)
     np.testing.assert_allclose(whole.loss, (weights * nll).sum() / weights.sum(), rtol=1e-5)
     np.testing.assert_allclose(jax.jit(partial(eval_step, CFG))(params, batch), (weights * nll).sum(), rtol=1e-5)
@@ -93,7 +98,9 @@ def test_accumulation_gives_the_sums_of_the_whole_batch(n, whole):
 
 
 def test_a_step_is_gradients_clipping_optimizer_and_bias(whole):
-    cfg = TrainConfig(**{**vars(CFG), "optimizer": OptimizerConfig(learning_rate=1e-2, ns_dtype="float32", max_grad_norm=0.3)})
+    cfg = TrainConfig(
+        **{**vars(CFG), "optimizer": OptimizerConfig(learning_rate=1e-2, ns_dtype="float32", max_grad_norm=0.3)}
+    )
     state = a_state(cfg, parameters())
     new, metrics = STEP(cfg, state, a_batch())
     norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(whole.grads)))
