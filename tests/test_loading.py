@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import kimi_jax
 from kimi_jax import presets
 from kimi_jax.checkpoint import safetensors
 from kimi_jax.checkpoint.hf_names import plan
+from kimi_jax.checkpoint.manager import FOLDER, Checkpoints
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import is_spec
 from kimi_jax.errors import UserError
@@ -138,6 +140,37 @@ def test_shards_with_weight_and_scale_apart(tmp_path):
     _, with_index = kimi_jax.load(folder)
     for found in (without_index, with_index):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    """Two checkpoints of a run: the weights of step 7 are those of step 3 doubled."""
+    folder = tmp_path_factory.mktemp("run")
+    params = kimi_jax.load(save(folder / "hf", random_tensors()))[1]
+    meta = {"config": {"model": dataclasses.asdict(CFG), "data": {"tokenizer": "bytes"}}}
+    checkpoints = Checkpoints(folder / FOLDER)
+    for step, factor in ((3, 1), (7, 2)):
+        scaled = jax.tree.map(lambda w, factor=factor: w * factor, params)
+        checkpoints.save(step, {"params": scaled, "optimizer": scaled}, meta)
+    checkpoints.wait()
+    checkpoints.close()
+    return folder
+
+
+@pytest.mark.parametrize("where, factor", [("", 2), (FOLDER, 2), (f"{FOLDER}/3", 1)])
+def test_training_checkpoints(workdir, where, factor):
+    model, params = kimi_jax.load(workdir / where)
+    assert model.cfg == CFG
+    np.testing.assert_array_equal(leaf(params, "lm_head"), random_tensors()["lm_head.weight"].T * factor)
+    assert {str(w.dtype) for w in jax.tree.leaves(params)} == {"float32"}
+    assert tokenizer_of(workdir / where) == "bytes"
+
+
+def test_training_checkpoint_in_another_dtype(workdir):
+    model, params = kimi_jax.load(workdir, dtype="bfloat16")
+    assert (model.cfg.dtype, model.cfg.param_dtype) == ("bfloat16", "bfloat16")
+    np.testing.assert_array_equal(leaf(params, "lm_head"), (random_tensors()["lm_head.weight"].T * 2).astype(BF16))
+    np.testing.assert_array_equal(leaf(params, "moe_layers.moe.router.bias")[0], random_tensors()[BIAS] * 2)
 
 
 def test_mesh_replicates(tmp_path):

@@ -166,7 +166,7 @@ def _transform(
             step = -lr * (direction + weight_decay * p)
             key = jax.tree_util.keystr(path)
             if key in leaves:
-                step = lax.optimization_barrier(step)  # rounded before it is added, whether or not the clip reads it
+                step = lax.optimization_barrier(step)  # no fused multiply-add with p that the clip would prevent
                 if g_LN is not None:
                     step = qk_clip.scaled_update(step, p, g_LN, leaves[key])
             return step.astype(p.dtype), first, second

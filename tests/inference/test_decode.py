@@ -25,6 +25,7 @@ VARIANTS = {
     "no dense layers": CFG.replace(first_k_dense_replace=0),
     "dense layers alone": CFG.replace(first_k_dense_replace=3),
 }
+PROMPTS = [np.random.default_rng(3).integers(0, 61, length).tolist() for length in (1, 33, 32, 60)]
 EXTEND = jax.jit(extend, static_argnums=1)
 
 
@@ -63,27 +64,28 @@ def test_extending_a_cache_is_the_full_forward(name):
 
 def test_a_row_may_wait():
     """A count of 0 leaves a sequence as it is."""
-    params, tokens = parameters(CFG), np.random.default_rng(2).integers(0, 61, (2, 12))
+    params, tokens = parameters(CFG), np.random.default_rng(2).integers(0, 61, (3, 20))
     expected = np.asarray(forward(params, CFG, jnp.asarray(tokens)))
-    state = init_state(CFG, 2, 24)
-    _, state = EXTEND(params, CFG, state, jnp.asarray(tokens[:, :7]), jnp.asarray([4, 7]))
-    _, state = EXTEND(params, CFG, state, jnp.asarray([[60] * 7, [*tokens[1, 7:12], 0, 0]]), jnp.asarray([0, 5]))
-    logits, state = EXTEND(params, CFG, state, jnp.asarray([[*tokens[0, 4:10], 0], [0] * 7]), jnp.asarray([6, 0]))
-    np.testing.assert_array_equal(state.length_B, [10, 12])
+    state = init_state(CFG, 3, 24)
+    for pieces in ([(0, 4), (0, 7), (0, 0)], [(4, 4), (7, 12), (0, 2)], [(4, 10), (12, 12), (2, 9)]):
+        piece = np.full((3, 7), 60)
+        for row, (start, stop) in enumerate(pieces):
+            piece[row, : stop - start] = tokens[row, start:stop]
+        logits, state = EXTEND(params, CFG, state, jnp.asarray(piece), jnp.asarray([b - a for a, b in pieces]))
+    np.testing.assert_array_equal(state.length_B, [10, 12, 9])
     np.testing.assert_allclose(logits[0], expected[0, 9], rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(logits[2], expected[2, 8], rtol=1e-4, atol=2e-5)
 
 
 def test_greedy_generation_is_the_argmax_of_the_full_forward():
-    rng = np.random.default_rng(3)
     params, new = parameters(CFG), 9
-    prompts = [rng.integers(0, 61, length).tolist() for length in (1, 33, 32, 60)]
-    found = np.stack(list(generate(params, CFG, prompts, new_tokens=new)), axis=1)
+    found = np.stack(list(generate(params, CFG, PROMPTS, new_tokens=new)), axis=1)
     assert found.shape == (4, new)
 
     tokens, rows = np.zeros((4, 72), np.int32), np.arange(4)
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(PROMPTS):
         tokens[row, : len(prompt)] = prompt
-    length = np.asarray([len(prompt) for prompt in prompts])
+    length = np.asarray([len(prompt) for prompt in PROMPTS])
     for i in range(new):
         logits = np.asarray(forward(params, CFG, jnp.asarray(tokens)))[rows, length - 1]
         best = np.sort(logits, axis=-1)
@@ -94,8 +96,9 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward():
 
 
 def test_sampled_generation_depends_on_the_seed_alone():
-    params = parameters(CFG)
-    draw = lambda seed: np.stack(list(generate(params, CFG, [[1, 2]], new_tokens=12, temperature=1.5, seed=seed)))  # noqa: E731
+    def draw(seed: int) -> np.ndarray:
+        return np.stack(list(generate(parameters(CFG), CFG, PROMPTS, new_tokens=9, temperature=1.5, seed=seed)))
+
     np.testing.assert_array_equal(draw(0), draw(0))
     assert (draw(0) != draw(1)).any()
 

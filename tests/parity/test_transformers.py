@@ -14,7 +14,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as reference
 
 import kimi_jax
 from kimi_jax.checkpoint.hf_names import plan
-from kimi_jax.model import KimiK2
+from kimi_jax.model import KimiK2, head
 
 YARN = dict(
     rope_type="yarn",
@@ -157,15 +157,15 @@ def test_forward_and_backward(name, tmp_path):
     @jax.jit
     def run(params):
         def loss(params):
-            logits, stats = model.apply({"params": params}, jnp.asarray(tokens), jnp.asarray(positions), stats=True)
+            inputs = (jnp.asarray(tokens), jnp.asarray(positions))
+            hidden, stats = model.apply({"params": params}, *inputs, method=KimiK2.hidden_states)
+            logits = head(params, hidden)
             log_p = jax.nn.log_softmax(logits[:, :-1])
             picked = jnp.take_along_axis(log_p, jnp.asarray(tokens)[:, 1:, None], axis=-1)
-            return -jnp.mean(picked), (logits, stats)
+            return -jnp.mean(picked), (logits, stats, hidden)
 
-        (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        inputs = (jnp.asarray(tokens), jnp.asarray(positions))
-        hidden, _ = model.apply({"params": params}, *inputs, method=KimiK2.hidden_states)
-        return *aux, hidden, grads
+        grads, aux = jax.grad(loss, has_aux=True)(params)
+        return *aux, grads
 
     logits, stats, hidden, grads = jax.device_get(run(params))
     assert relative(logits, expected.logits) <= 2e-5
