@@ -101,7 +101,10 @@ class ModelConfig:
             raise UserError(
                 f"model.qk_rope_head_dim must be even (rotation acts on pairs), not {self.qk_rope_head_dim}"
             )
-        if self.rope.factor < 1:
+        for name, value in {"rms_norm_eps": self.rms_norm_eps, "rope.theta": self.rope.theta}.items():
+            if not 0 < value < math.inf:
+                raise UserError(f"model.{name} must be positive and finite, not {value}")
+        if not self.rope.factor >= 1:
             raise UserError(f"model.rope.factor must be at least 1, not {self.rope.factor}")
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("bfloat16", "float32"):
@@ -211,12 +214,16 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """Reads ``rope_scaling`` + ``rope_theta`` (released files) or ``rope_parameters`` (transformers 5)."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = found.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"config.json: the rope parameters must be an object, not {given!r}")
+    found = dict(given)
+    thetas = (found.pop("rope_theta", None), config.get("rope_theta"), 10_000.0)
+    theta = next(value for value in thetas if value is not None)
     kind = found.pop("rope_type", found.pop("type", "default"))
     found.pop("type", None)
     if kind == "default":
-        return {"theta": float(theta)}
+        return {"theta": theta}
     if kind != "yarn":
         raise UserError(f"config.json: rope type {kind!r} is not supported (only 'yarn' and 'default')")
     known = {f.name for f in dataclasses.fields(RopeConfig)}
@@ -228,7 +235,7 @@ def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     values.setdefault("original_max_position_embeddings", longest)
     values.setdefault("factor", longest / values["original_max_position_embeddings"])
     values.setdefault("mscale", 0.0)
-    return {"theta": float(theta), **values}
+    return {"theta": theta, **values}
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:

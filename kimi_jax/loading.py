@@ -93,12 +93,18 @@ def _from_hf(path: Path, dtype: np.dtype | None) -> tuple[ModelConfig, Params]:
         target = params
         for key in entry.path:
             target = target[key]
-        target[entry.index] = entry.from_hf(_weights(entry, tensors, block))
+        with np.errstate(over="ignore"):
+            target[entry.index] = entry.from_hf(_weights(entry, tensors, block))
+        if not np.isfinite(target[entry.index]).all():
+            file = tensors[entry.name][1]
+            raise UserError(f"{file}: {entry.name} holds NaN or infinity, or what is too large for {stored.name}")
     return cfg, params
 
 
 def _block_size(quantisation: dict) -> tuple[int, int]:
     """Rows and columns that share a scale, from ``quantization_config``."""
+    if not isinstance(quantisation, dict):
+        raise UserError(f"config.json: quantization_config must be an object, not {quantisation!r}")
     method, block = quantisation.get("quant_method", "fp8"), quantisation.get("weight_block_size") or fp8.BLOCK
     if method != "fp8":
         raise UserError(f"config.json: quant_method={method!r} is not supported (only 'fp8' in blocks)")
@@ -116,9 +122,10 @@ def _check_names(cfg: ModelConfig, raw: dict, tensors: dict, entries: list[Entry
             f"{path} lacks {len(missing)} of {len(planned)} tensors: {some}{', ...' if missing[3:] else ''}"
         )
     scales = {name + SCALE_SUFFIX for name in planned}
-    extra_layers = tuple(
-        f"model.layers.{cfg.num_hidden_layers + i}." for i in range(raw.get("num_nextn_predict_layers") or 0)
-    )
+    n_extra = raw.get("num_nextn_predict_layers") or 0
+    if not isinstance(n_extra, int):
+        raise UserError(f"config.json: num_nextn_predict_layers must be int, not {n_extra!r}")
+    extra_layers = tuple(f"model.layers.{cfg.num_hidden_layers + i}." for i in range(n_extra))
     unknown = sorted(
         name
         for name in tensors
@@ -130,14 +137,14 @@ def _check_names(cfg: ModelConfig, raw: dict, tensors: dict, entries: list[Entry
 
 
 def _stored_dtype(tensors: dict[str, tuple[np.ndarray, Path]], entries: list[Entry]) -> np.dtype:
-    """bf16 if every matrix is bf16, else f32, which holds fp8, f16 and bf16 exactly."""
-    matrices = [tensors[entry.name][0].dtype for entry in entries if len(entry.shape) == 2]
-    half = all(dtype == ml_dtypes.bfloat16 for dtype in matrices)
+    """bf16 if every weight but the router's bias is bf16, else f32, which holds fp8, f16 and bf16 exactly."""
+    weights = [tensors[entry.name][0].dtype for entry in entries if entry.path[-1] != "bias"]
+    half = all(dtype == ml_dtypes.bfloat16 for dtype in weights)
     return jnp.dtype(jnp.bfloat16 if half else jnp.float32)
 
 
 def _weights(entry: Entry, tensors: dict[str, tuple[np.ndarray, Path]], block: tuple[int, int]) -> np.ndarray:
-    """One tensor, de-quantised if it is fp8, checked for shape and finite values."""
+    """One tensor, de-quantised if it is fp8, checked for shape and dtype."""
     tensor, file = tensors[entry.name]
     where = f"{file}: {entry.name}"
     if tensor.shape != entry.shape:
@@ -151,6 +158,4 @@ def _weights(entry: Entry, tensors: dict[str, tuple[np.ndarray, Path]], block: t
         raise UserError(f"{where} is {tensor.dtype}, but there is a {scale_name}: only fp8 weights have scales")
     elif tensor.dtype not in FLOATS:
         raise UserError(f"{where} has dtype {tensor.dtype}, which is not a weight's")
-    if not np.isfinite(tensor.astype(np.float32)).all():
-        raise UserError(f"{where} holds NaN or infinity")
     return tensor

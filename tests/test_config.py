@@ -182,12 +182,24 @@ def test_to_hf_and_back(cfg, tmp_path):
         ({"num_experts_per_tok": 385}, "exceeds"),
         ({"first_k_dense_replace": 62}, "first_k_dense_replace"),
         ({"qk_rope_head_dim": 63}, "even"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive"),
+        ({"rope_theta": 0}, "rope.theta must be positive"),
+        ({"rope_theta": "big"}, "rope.theta must be float"),
+        ({"rope_scaling": RELEASED["rope_scaling"] | {"factor": float("nan")}}, "rope.factor must be at least 1"),
+        ({"rope_scaling": "yarn"}, "rope parameters must be an object"),
+        ({"rope_parameters": [1]}, "rope parameters must be an object"),
     ],
 )
 def test_hf_refusals(change, message):
     with pytest.raises(UserError, match=message) as error:
         ModelConfig.from_hf(RELEASED | change)
     assert "\n" not in str(error.value)
+
+
+def test_rope_theta_null_is_absent():
+    plain = RELEASED | {"rope_scaling": None}
+    assert ModelConfig.from_hf(plain | {"rope_theta": None}) == ModelConfig.from_hf(without(plain, "rope_theta"))
 
 
 def test_hf_lacks_a_size():

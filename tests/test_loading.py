@@ -220,6 +220,22 @@ def test_bad_tensors(tmp_path, tensors, message):
     assert "\n" not in str(error.value)
 
 
+def test_too_large_for_the_dtype_asked_for(tmp_path):
+    """A number that f32 holds and bf16 rounds to infinity."""
+    large = random_tensors()[UP]
+    large[-1, -1] = 3.4e38
+    kimi_jax.load(save(tmp_path, random_tensors() | {UP: large}))
+    with pytest.raises(UserError, match=f"{UP} holds .* too large for bfloat16"):
+        kimi_jax.load(tmp_path, dtype="bfloat16")
+
+
+def test_gains_in_f32_are_not_rounded(tmp_path):
+    tensors = {name: w.astype(BF16) if w.ndim == 2 else w for name, w in random_tensors().items()}
+    model, params = kimi_jax.load(save(tmp_path, tensors))
+    assert model.cfg.dtype == "float32"
+    np.testing.assert_array_equal(params["norm"], tensors["model.norm.weight"])
+
+
 def test_wrong_grid_is_named(tmp_path):
     tensors = quantised(random_tensors(), 128) | {UP + "_scale_inv": np.ones((2, 1), np.float32)}
     with pytest.raises(UserError, match=rf"{UP}: scales have shape \(2, 1\), expected \(1, 1\)"):
@@ -243,6 +259,8 @@ def test_truncated_shard(tmp_path):
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "weight_block_size"),
+        ({"quantization_config": "fp8"}, "quantization_config must be an object"),
+        ({"num_nextn_predict_layers": "one"}, "num_nextn_predict_layers must be int"),
     ],
 )
 def test_impossible_config(tmp_path, config, message):

@@ -23,7 +23,8 @@ def dequantise(q: np.ndarray, scale: np.ndarray, name: str, block: tuple[int, in
     if not np.isfinite(scale).all():
         raise UserError(f"{name}: the block scales hold NaN or infinity; the file is damaged")
     weights = q.astype(np.float32)
-    for i, row in enumerate(scale):
-        rows = weights[i * block[0] : (i + 1) * block[0]]
-        rows *= np.repeat(row, block[1])[: q.shape[1]]
+    with np.errstate(over="ignore"):  # an overflow is found with the other non-finite weights
+        for i, row in enumerate(scale):
+            rows = weights[i * block[0] : (i + 1) * block[0]]
+            rows *= np.repeat(row, block[1])[: q.shape[1]]
     return weights

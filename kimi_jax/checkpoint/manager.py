@@ -10,6 +10,8 @@ behind is never taken for a checkpoint.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,11 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 3):
         self._directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # what a kill left half-written
+        )
         try:
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", "meta"))
         except OSError as error:
@@ -47,11 +53,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The state of ``step``, in the shapes, dtypes and shardings of ``like``, and its meta."""
-        meta = _checked(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"], step)
-        _compare(_stored(self._directory / str(step)), like, self._directory / str(step))
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like))  # type: ignore
-        return self._manager.restore(step, args=items)["state"], meta
+        """The state of ``step``, bit for bit, in the shapes, dtypes and shardings of ``like``, and its meta."""
+        folder = self._directory / str(step)
+        meta = read_meta(folder)
+        _compare(_stored(folder), like, folder)
+        with _readable(folder):
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(like))  # type: ignore
+            return self._manager.restore(step, args=items)["state"], meta
 
     def wait(self) -> None:
         """Returns when everything that was saved is complete on disk; raises if saving failed."""
@@ -74,26 +82,46 @@ def find(path: Path) -> Path | None:
 def read_meta(path: Path) -> dict[str, Any]:
     """The meta of the newest checkpoint in anything that ``find`` accepts."""
     step = _found(path)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return _checked(reader.restore(step / "meta"), step.name)
+    with _readable(step), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        meta = dict(reader.restore(step / "meta"))
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{step} has format version {version}; this program reads {FORMAT_VERSION}: update kimi_jax")
+    return meta
 
 
 def restore_params(path: Path) -> tuple[Params, dict[str, Any]]:
     """The parameters alone, on the first device, without the optimizer's state; and the meta."""
     step = _found(path)
+    meta, stored = read_meta(step), _stored(step)["params"]
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.PyTreeCheckpointer() as reader:
-        stored = _stored(step)["params"]
+    with _readable(step), ocp.PyTreeCheckpointer() as reader:
         like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), stored)
         how = jax.tree.map(lambda s: ocp.ArrayRestoreArgs(sharding=sharding, dtype=s.dtype), like)
         request = ocp.args.PyTreeRestore(item={"params": like}, restore_args={"params": how}, partial_restore=True)
-        return reader.restore(step / "state", args=request)["params"], read_meta(step)
+        return reader.restore(step / "state", args=request)["params"], meta
 
 
 def _stored(step: Path) -> Any:
     """Shape and dtype of every array of a checkpoint, as a nested dict."""
-    with ocp.PyTreeCheckpointer() as reader:
-        return reader.metadata(step / "state").item_metadata.tree
+    with _readable(step), ocp.PyTreeCheckpointer() as reader:
+        found = reader.metadata(step / "state").item_metadata
+        if found is None:
+            raise ValueError("the list of its arrays cannot be read")
+        return found.tree
+
+
+@contextmanager
+def _readable(step: Path) -> Iterator[None]:
+    """Whatever Orbax and TensorStore raise on a damaged file, as one line that names the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"the checkpoint {step} is incomplete or damaged; move it away to use the one before it "
+            f"({type(error).__name__}: {first})"
+        ) from error
 
 
 def _found(path: Path) -> Path:
@@ -103,27 +131,26 @@ def _found(path: Path) -> Path:
     return step.absolute()
 
 
-def _checked(meta: dict[str, Any], step: int | str) -> dict[str, Any]:
-    version = meta.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"checkpoint {step} has format version {version}; this program reads {FORMAT_VERSION}: update kimi_jax"
-        )
-    return meta
-
-
 def _compare(found: Any, like: Any, where: Path) -> None:
-    """One line on the first leaf whose shape differs from what the config asks for."""
-    key = lambda path: ".".join(str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", p)))) for p in path)  # noqa: E731
-    stored = {
-        key(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(found) if hasattr(leaf, "shape")
-    }
-    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
-        name = key(path)
-        if name not in stored:
-            raise UserError(f"{where} has no {name}: it was written with another model or optimizer; use a new workdir")
-        if tuple(stored[name]) != tuple(leaf.shape):
-            raise UserError(
-                f"{where}: {name} has shape {tuple(stored[name])}, the config asks for {tuple(leaf.shape)}; "
-                "restore the config or use a new workdir"
-            )
+    """One line on the first leaf that is not what the config asks for: nothing is converted, nothing left out."""
+    stored, wanted = _leaves(found), _leaves(like)
+    for name in (*wanted, *stored):
+        if name not in stored or name not in wanted:
+            fact = f"has no {name}" if name in wanted else f"also holds {name}"
+            raise UserError(f"{where} {fact}: it was written with another model or optimizer; use a new workdir")
+    for name, leaf in wanted.items():
+        for what in ("shape", "dtype"):
+            ours, theirs = getattr(stored[name], what), getattr(leaf, what)
+            if ours != theirs:
+                raise UserError(
+                    f"{where}: {name} has {what} {ours}, the config asks for {theirs}; "
+                    "restore the config or use a new workdir"
+                )
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    def name(path: Any) -> str:
+        return ".".join(str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", p)))) for p in path)
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {name(path): leaf for path, leaf in leaves if hasattr(leaf, "shape")}

@@ -142,13 +142,13 @@ def test_update_rms(shape, dtype):
 
 
 def test_bfloat16_newton_schulz():
-    """Close to exact per step, to some per cent, as eight bits allow; measured errors are 0.04 to 0.07."""
+    """Close to exact per step, to some per cent, as eight bits allow."""
     params = {"w": gaussian(jax.ShapeDtypeStruct((48, 96), jnp.float32), 0)}
     grads = [gaussian(params, 1 + i) for i in range(STEPS)]
     got, _ = run(muon_clip(LR, weight_decay=0.0), params, grads)
     want = train(Muon(), params["w"], [grad["w"] for grad in grads], LR, 0.0)
     moved = np.asarray(got["w"], np.float64) - params["w"]
-    assert error(moved, want - params["w"]) < 8e-2
+    assert error(moved, want - params["w"]) < 3.5e-2
 
 
 def test_state_of_every_kind_of_leaf():
@@ -177,11 +177,12 @@ def flat_state(tree) -> dict:
         ({"a": ("embed",), "b": ("embed",)}, "a"),  # too few names
         ({"a": ("layers", "embed", "mlp"), "b": ("embed",)}, "a"),  # too many
         ({"a": ("embed", Fused((("x", 2), ("y", 3)))), "b": ("embed",)}, "a"),  # parts of another size
+        ({"a": ("embed", "mlp", "other"), "b": ("embed",)}, "a"),  # three sides
         ({"a": ("embed", "experts"), "b": ("embed",)}, "a"),  # a stack axis inside the matrix
     ],
 )
 def test_axes_that_do_not_fit_name_the_leaf(axes, named):
-    params = {"a": jnp.ones((3, 4)), "b": jnp.ones(3)}
+    params = {"a": jnp.ones((3, 4, 5) if "other" in axes["a"] else (3, 4)), "b": jnp.ones(3)}
     with pytest.raises(ValueError, match=rf"\['{named}'\]"):
         muon_clip(LR, axes=axes).init(params)
 

@@ -22,7 +22,7 @@ def exact_stack(stack):
     return np.stack([exact(m) for m in stack.reshape(-1, *stack.shape[-2:])]).reshape(stack.shape)
 
 
-@pytest.mark.parametrize("dtype, slack", [(jnp.float32, 0.0), (jnp.bfloat16, 0.02)])
+@pytest.mark.parametrize("dtype, slack", [(jnp.float32, 0.0), (jnp.bfloat16, 0.005)])
 def test_singular_values_of_a_gaussian_matrix(dtype, slack):
     x = newton_schulz(jnp.asarray(gaussian(256, 512)), dtype=dtype)
     s = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
@@ -87,7 +87,7 @@ def test_bfloat16_is_close_to_exact():
     """Eight bits per operand and five steps that each amplify: a few per cent of the norm, no more."""
     m = gaussian(4, 48, 96)
     off = error(newton_schulz(jnp.asarray(m)), exact_stack(m))
-    assert 1e-4 < off < 8e-2, off  # above zero: the default does compute in bfloat16
+    assert 1e-4 < off < 3.5e-2, off  # above zero: the default does compute in bfloat16
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -64,18 +64,21 @@ OLD_LN = all_logits(PARAMS, X_TD)
 GRADS = gaussian(SHAPES, 2)
 
 
-def one_step(tau, max_logits_LN, lr=1e-2, make=adamw):
-    """New weights and the state of one compiled update."""
+def one_update(tau, max_logits_LN, lr=1e-2, make=adamw):
+    """Updates and the state of one compiled update."""
     optimizer = make(lr, tau=tau, axes=AXES)
 
     @jax.jit
     def step(params, grads, max_logits_LN):
         return optimizer.update(grads, optimizer.init(params), params, max_logits=max_logits_LN)
 
-    updates, state = step(PARAMS, GRADS, jnp.asarray(max_logits_LN, jnp.float32))
-    return optax.apply_updates(
-        PARAMS, updates
-    ), state  # outside: a compiler may fuse the sum with the update's products
+    return step(PARAMS, GRADS, jnp.asarray(max_logits_LN, jnp.float32))
+
+
+def one_step(tau, max_logits_LN, lr):
+    """New weights and the state."""
+    updates, state = one_update(tau, max_logits_LN, lr)
+    return optax.apply_updates(PARAMS, updates), state
 
 
 def test_the_setting_tells_layers_and_heads_apart():
@@ -102,19 +105,20 @@ def test_every_head_ends_at_the_smaller_of_old_and_tau():
 
 @pytest.mark.parametrize("make", [functools.partial(muon_clip, ns_steps=1), adamw], ids=["muon_clip", "adamw"])
 def test_only_clipped_heads_differ_from_a_run_without_the_clip(make):
-    """Bit for bit, gradients and decay included; a clipped head is the free one's times its scale."""
-    clipped, _ = one_step(TAU, OLD_LN, make=make)
-    free, state = one_step(None, OLD_LN, make=make)
+    """Their updates, bit for bit; the weights of a clipped head are the free one's times its scale."""
+    clipped, _ = one_update(TAU, OLD_LN, make=make)
+    free, state = one_update(None, OLD_LN, make=make)
     assert not np.any(state.ever_clipped)
-    clipped, free = flat(clipped), flat(free)
+    clipped, free, params = flat(clipped), flat(free), flat(PARAMS)
     for path, leaf in free.items():
         stack, _, name = path.split("/")
         if name not in ("q_b", "kv_b"):
             np.testing.assert_array_equal(clipped[path], leaf, path)
             continue
         rows = OLD_LN[FIRST[stack] :][: LAYERS[stack]]
-        want = clip(np.asarray(leaf, np.float64), rows, TAU, Q_PARTS if name == "q_b" else K_PARTS)
-        assert error(clipped[path], want) < 1e-6, path
+        stepped = params[path].astype(np.float64) + np.asarray(leaf)
+        want = clip(stepped, rows, TAU, Q_PARTS if name == "q_b" else K_PARTS)
+        assert error(params[path] + clipped[path], want) < 1e-6, path
         for layer, head in np.argwhere(rows <= TAU):
             np.testing.assert_array_equal(clipped[path][layer, :, head], leaf[layer, :, head], path)
         if name == "kv_b":
