@@ -13,11 +13,11 @@ def get_config() -> ConfigDict:
         dict(
             model=dict(preset="tiny"),
             optimizer=dict(learning_rate=5e-3),
-            schedule=dict(warmup_steps=20, stable_tokens=200 * 4096, decay_tokens=200 * 4096, final_factor=0.1),
-            steps=400,
+            schedule=dict(warmup_steps=20, stable_tokens=150 * 4096, decay_tokens=150 * 4096, final_factor=0.1),
+            steps=300,
             batch_size=16,
             seq_len=256,
-            eval_every=200,
-            checkpoint_every=200,
+            eval_every=150,
+            checkpoint_every=150,
         )
     )
