@@ -15,7 +15,14 @@ CORE = [
 ]
 DATA = ["grain>=0.2.18", "tiktoken>=0.14", "pyarrow>=21"]
 REPORT = ["tensorboardX>=2.6.5", "matplotlib>=3.10", "tqdm>=4.67"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff==0.17.6", "pyright[nodejs]==1.1.414"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "regex>=2024.4",
+    "ruff==0.17.6",
+    "pyright[nodejs]==1.1.414",
+]
 PARITY = ["torch==2.13.0", "transformers==5.23.0", "safetensors>=0.7"]
 
 setup(

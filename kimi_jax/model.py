@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.dims import LAYERS, VOCAB, Array, Params, ParamSpec, Specs, is_spec, map_specs
+from kimi_jax.dims import VOCAB, Array, Params, ParamSpec, Specs, is_spec, map_specs
 from kimi_jax.errors import UserError
 from kimi_jax.layers import block, mla
 from kimi_jax.layers.linear import product
@@ -123,7 +123,6 @@ class KimiK2(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=n_layers,
-                metadata_params={nn.PARTITION_NAME: LAYERS},
             )
             setattr(self, name, stack(cfg, dense))
 
