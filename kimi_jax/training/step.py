@@ -125,7 +125,7 @@ def batch_sums(cfg: TrainConfig, params: Params, batch: Batch) -> Sums:
 
 def train_step(cfg: TrainConfig, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     sums = batch_sums(cfg, state.params, batch)
-    grad_norm = optax.global_norm(sums.grads)
+    grad_norm = optax.tree.norm(sums.grads)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
     limit = cfg.optimizer.max_grad_norm
     scale = 1.0 if limit is None else jnp.minimum(1.0, limit / jnp.maximum(grad_norm, 1e-12))
@@ -140,7 +140,7 @@ def train_step(cfg: TrainConfig, state: TrainState, batch: Batch) -> tuple[Train
         loss=sums.loss,
         balance_loss=sums.balance_loss,
         grad_norm=grad_norm,
-        update_rms=optax.global_norm(updates) / n_params**0.5,
+        update_rms=optax.tree.norm(updates) / n_params**0.5,
         learning_rate=learning_rate(cfg)(kept.step - 1),
         finite=finite,
         max_logits_LN=sums.max_logits_LN,

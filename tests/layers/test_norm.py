@@ -31,8 +31,17 @@ def test_bfloat16_is_rounded_before_the_gain():
     y = rms_norm(x, gain, 1e-6)
     assert y.dtype == jnp.bfloat16
     normed = reference(np.asarray(x), np.float64(1), 1e-6).astype(jnp.bfloat16)
-    expected = normed * np.asarray(gain).astype(jnp.bfloat16)
+    expected = (normed.astype(np.float32) * np.asarray(gain)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(y), expected)
+
+
+def test_the_gradient_of_the_gain_is_summed_in_f32():
+    rng = np.random.default_rng(2)
+    x, dy = (rng.standard_normal((4096, 8)).astype(jnp.bfloat16) for _ in range(2))
+    _, vjp = jax.vjp(lambda gain: rms_norm(jnp.asarray(x), gain, 1e-6), jnp.ones(8))
+    normed = reference(x, np.float64(1), 1e-6).astype(jnp.bfloat16)
+    expected = np.sum(normed.astype(np.float64) * dy.astype(np.float64), axis=0)
+    np.testing.assert_allclose(vjp(jnp.asarray(dy))[0], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_zeros_stay_zeros_with_finite_gradients():
