@@ -77,10 +77,13 @@ def ours(shape: str, only: set[str], dtypes: list[str], repeats: int) -> None:
     import numpy as np
 
     from kimi_jax.data.packing import Batch
+    from kimi_jax.host_memory import keep_freed_memory
     from kimi_jax.inference import decode
     from kimi_jax.model import KimiK2, in_compute_dtype
     from kimi_jax.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
     from kimi_jax.training.step import batch_sums, init_state, train_step
+
+    keep_freed_memory()  # as train and generate do
 
     def finish(function, *arguments):
         jax.block_until_ready(function(*arguments))

@@ -37,10 +37,13 @@ def generate(args) -> None:
     import jax
 
     from kimi_jax.data import tokenizer as tokenizers
+    from kimi_jax.host_memory import keep_freed_memory
     from kimi_jax.inference import decode
     from kimi_jax.loading import load, tokenizer_of
     from kimi_jax.model import in_compute_dtype
 
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     spec = args.tokenizer or tokenizer_of(args.checkpoint)
     if spec is None:
         raise UserError(f"{args.checkpoint} names no tokenizer: give one with --tokenizer")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A part may import the parts of the levels below its own, and itself.
 LEVELS = (
-    {"dims", "errors"},
+    {"dims", "errors", "host_memory"},
     {"config"},
     {"presets"},
     {"sharding.axes"},

@@ -1,14 +1,16 @@
 """Routed experts on a CPU: one walk over the experts, each a few dense products on just its own rows.
 
 XLA needs static shapes, and the number of rows of an expert is known at run time only. So the sorted assignments are
-cut into pieces that never cross an expert; a piece is computed at the smallest of a ladder of sizes that holds it
-(``lax.switch``), and what it writes past its end, the next piece overwrites. A balanced expert is one piece and wastes
-a few per cent; one with many more rows is several pieces; an empty one costs nothing. Forward and backward are one
-walk each, and no copy of a layer's weights is made.
+cut into pieces that never cross an expert; the products of a piece are computed at the smallest of a ladder of sizes
+that holds it (``lax.switch``), and what it writes past its end, the next piece overwrites. A balanced expert is one
+piece and wastes a few per cent; one with many more rows is several pieces; an empty one costs nothing. Forward and
+backward are one walk each, and no copy of a layer's weights is made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,11 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from kimi_jax.dims import Array, Params
-from kimi_jax.layers.dispatch import combine, sort_assignments, sum_copies
+from kimi_jax.layers.dispatch import Hidden, combine, sort_assignments, sum_copies
 from kimi_jax.layers.linear import product, weight_gradient
 from kimi_jax.layers.mlp import swiglu
 
-LADDER = (1, 2, 4, 6, 8, 10, 12, 16)  # in units of about an eighth of the mean load
+LADDER = (1, 2, 4, 6, 8, 10, 12)  # in units of about an eighth of the mean load
 
 
 class Pieces(NamedTuple):
@@ -50,31 +52,40 @@ def cut(sizes_E: Array, n_rows: int, longest: int) -> Pieces:
 
 
 class Piece(NamedTuple):
-    """One piece as a walk hands it to ``compute``, with its rows masked to ``own``."""
+    """One piece as a walk hands it to ``compute``: the longest size's rows from ``start``; its own are before ``end``."""
 
     start: Array
     end: Array
+    sizes: tuple[int, ...]
     w: Params  # the expert's weights in the compute dtype
 
-    def rows(self, x: Array, n: int) -> Array:
-        return lax.dynamic_slice_in_dim(x, self.start, n)
+    def rows(self, x: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, self.start, self.sizes[-1])
+
+    def products(self, f: Callable, *rows: Array):
+        """f of the first n rows each, n the smallest size that holds the piece; its results padded to all rows."""
+        pad = lambda y, n: jnp.pad(y, ((0, self.sizes[-1] - n), (0, 0)))  # noqa: E731
+        return self._at_size(lambda n, *rows: jax.tree.map(partial(pad, n=n), f(*rows)), *rows)
+
+    def sums(self, f: Callable, *rows: Array):
+        """f of the first n rows each, n as in ``products``, where f sums over the rows."""
+        return self._at_size(lambda n, *rows: f(*rows), *rows)
+
+    def _at_size(self, f: Callable, *rows: Array):
+        rung = jnp.searchsorted(jnp.asarray(self.sizes), self.end - self.start)
+        return lax.switch(rung, [lambda *rows, n=n: f(n, *(x[:n] for x in rows)) for n in self.sizes], *rows)
 
 
 def _walk(
     pieces: Pieces, sizes: tuple[int, ...], weights: Params, dtype, compute, store, carry, first: Array | int = 0
 ):
-    """For every piece: ``carry = store(carry, expert, start, compute(n, piece))``, n the smallest size that fits.
-
-    Expert 0 is number ``first`` of ``weights``.
-    """
+    """For every piece: ``carry = store(carry, expert, start, compute(piece))``. Expert 0 is number ``first`` of ``weights``."""
 
     def step(i: Array, carry):
         expert = first + pieces.expert_I[i]
         w = {name: lax.dynamic_index_in_dim(weights[name], expert, keepdims=False).astype(dtype) for name in weights}
-        piece = Piece(pieces.start_I[i], pieces.end_I[i], w)
-        rung = jnp.searchsorted(jnp.asarray(sizes), piece.end - piece.start)
-        results = lax.switch(rung, [lambda piece, n=n: compute(n, piece) for n in sizes], piece)
-        return store(carry, expert, piece.start, results)
+        piece = Piece(pieces.start_I[i], pieces.end_I[i], sizes, w)
+        return store(carry, expert, piece.start, compute(piece))
 
     return lax.fori_loop(0, pieces.count, step, carry)
 
@@ -87,22 +98,16 @@ def _pad(x: Array, extra: int) -> Array:
     return jnp.pad(x, ((0, extra), *((0, 0),) * (x.ndim - 1)))
 
 
-@jax.custom_vjp
-def blocked_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
+def forward(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> tuple[Array, Hidden]:
     """y [M, D] = sum_k weights[m, k] SwiGLU(x_m; p[experts[m, k]]), summed in f32, in the dtype of ``x``."""
-    return _forward(p, x_MD, weights_MK, experts_MK)[0]
+    return _run(p, x_MD, weights_MK, experts_MK, p["gate"].shape[0], 0)
 
 
 def blocked_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
-    """``blocked_experts`` with the weights of one layer of a stack [L, E, ...], read in place. Not differentiable."""
+    """``forward`` with the weights of one layer of a stack [L, E, ...], read in place. Not differentiable."""
     _, E, _, _ = stack["gate"].shape
     flat = {name: w.reshape(-1, *w.shape[2:]) for name, w in stack.items()}
     return _run(flat, x_MD, weights_MK, experts_MK, E, layer * E)[0]
-
-
-def _forward(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array):
-    y_MD, order, gate_AF, up_AF = _run(p, x_MD, weights_MK, experts_MK, p["gate"].shape[0], 0)
-    return y_MD, (p, x_MD, weights_MK, order, gate_AF, up_AF)
 
 
 def _run(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array, E: int, first: Array | int):
@@ -113,12 +118,15 @@ def _run(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array, E: int, f
     longest = sizes[-1]
     token_A = _pad(order.order_A // K, longest)
 
-    def compute(n: int, piece: Piece):
-        x_nD = x_MD[piece.rows(token_A, n)]
-        gate_nF = product("nD,DF->nF", x_nD, piece.w["gate"]).astype(dtype)
-        up_nF = product("nD,DF->nF", x_nD, piece.w["up"]).astype(dtype)
-        y_nD = product("nF,FD->nD", swiglu(gate_nF, up_nF), piece.w["down"]).astype(dtype)
-        return tuple(_pad(rows, longest - n) for rows in (gate_nF, up_nF, y_nD))
+    def compute(piece: Piece):
+        def gate_and_up(x_nD: Array):
+            return tuple(product("nD,DF->nF", x_nD, piece.w[name]).astype(dtype) for name in ("gate", "up"))
+
+        def down(h_nF: Array):
+            return product("nF,FD->nD", h_nF, piece.w["down"]).astype(dtype)
+
+        gate_nF, up_nF = piece.products(gate_and_up, x_MD[piece.rows(token_A)])
+        return gate_nF, up_nF, piece.products(down, swiglu(gate_nF, up_nF))
 
     def store(outputs, _, start: Array, results):
         return tuple(_put(out, rows, start) for out, rows in zip(outputs, results, strict=True))
@@ -126,33 +134,44 @@ def _run(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array, E: int, f
     outputs = tuple(jnp.zeros((M * K + longest, width), dtype) for width in (F, F, D))
     pieces = cut(order.sizes_E, M * K, longest)
     gate_AF, up_AF, y_AD = _walk(pieces, sizes, p, dtype, compute, store, outputs, first)
-    return combine(y_AD[order.inverse_MK], weights_MK).astype(dtype), order, gate_AF, up_AF
+    return combine(y_AD[order.inverse_MK], weights_MK).astype(dtype), Hidden(order, gate_AF, up_AF)
 
 
-def _backward(residuals, dy_MD: Array):
-    p, x_MD, weights_MK, order, gate_AF, up_AF = residuals
-    (M, K), dtype = weights_MK.shape, x_MD.dtype
+def backward(p: Params, x_MD: Array, weights_MK: Array, hidden: Hidden, dy_MD: Array) -> tuple[Params, Array, Array]:
+    """The gradients of ``p``, ``x`` and ``weights``."""
+    (order, gate_AF, up_AF), (M, K), dtype = hidden, weights_MK.shape, x_MD.dtype
     E, D, _ = p["gate"].shape
     sizes = ladder(M * K, E)
     longest = sizes[-1]
     token_A = _pad(order.order_A // K, longest)
     weight_A1 = _pad(weights_MK.reshape(-1)[order.order_A], longest)[:, None]
 
-    def compute(n: int, piece: Piece):
-        own_n1 = (piece.start + jnp.arange(n) < piece.end)[:, None]
-        token_n, weight_n1 = piece.rows(token_A, n), piece.rows(weight_A1, n)
+    def compute(piece: Piece):
+        own_n1 = (piece.start + jnp.arange(longest) < piece.end)[:, None]
+        token_n, weight_n1 = piece.rows(token_A), piece.rows(weight_A1)
         x_nD, dy_nD = x_MD[token_n], jnp.where(own_n1, dy_MD[token_n], 0)
-        h_nF, swiglu_vjp = jax.vjp(swiglu, piece.rows(gate_AF, n), piece.rows(up_AF, n))
-        dh_nF = product("nD,FD->nF", dy_nD, piece.w["down"])
-        dweight_n1 = jnp.sum(dh_nF * h_nF.astype(jnp.float32), axis=-1, keepdims=True)
+        h_nF, swiglu_vjp = jax.vjp(swiglu, piece.rows(gate_AF), piece.rows(up_AF))
+        dh_nF = piece.products(partial(product, "nD,FD->nF", y=piece.w["down"]), dy_nD)
+        h_f32, weighted_nF = h_nF.astype(jnp.float32), (h_nF.astype(jnp.float32) * weight_n1).astype(dtype)
+        dweight_n1 = jnp.sum(dh_nF * h_f32, axis=-1, keepdims=True)
         dgate_nF, dup_nF = swiglu_vjp((dh_nF * weight_n1).astype(dtype))
-        dx_nD = product("nF,DF->nD", dgate_nF, piece.w["gate"]) + product("nF,DF->nD", dup_nF, piece.w["up"])
-        dw = {
-            "gate": weight_gradient("nD,nF->DF", x_nD, dgate_nF),
-            "up": weight_gradient("nD,nF->DF", x_nD, dup_nF),
-            "down": weight_gradient("nF,nD->FD", (h_nF.astype(jnp.float32) * weight_n1).astype(dtype), dy_nD),
-        }
-        return _pad(dx_nD.astype(dtype), longest - n), _pad(dweight_n1, longest - n), dw
+
+        def dx(dgate_nF: Array, dup_nF: Array):
+            dx_nD = product("nF,DF->nD", dgate_nF, piece.w["gate"]) + product("nF,DF->nD", dup_nF, piece.w["up"])
+            return dx_nD.astype(dtype)
+
+        def dw(x_nD: Array, dy_nD: Array, dgate_nF: Array, dup_nF: Array, weighted_nF: Array):
+            return {
+                "gate": weight_gradient("nD,nF->DF", x_nD, dgate_nF),
+                "up": weight_gradient("nD,nF->DF", x_nD, dup_nF),
+                "down": weight_gradient("nF,nD->FD", weighted_nF, dy_nD),
+            }
+
+        return (
+            piece.products(dx, dgate_nF, dup_nF),
+            dweight_n1,
+            piece.sums(dw, x_nD, dy_nD, dgate_nF, dup_nF, weighted_nF),
+        )
 
     def store(carry, expert: Array, start: Array, results):
         dx_AD, dweight_A1, dw = carry
@@ -169,7 +188,4 @@ def _backward(residuals, dy_MD: Array):
     pieces = cut(order.sizes_E, M * K, longest)
     dx_AD, dweight_A1, dw = _walk(pieces, sizes, p, dtype, compute, store, carry)
     dp = {name: dw[name].astype(p[name].dtype) for name in p}
-    return dp, sum_copies(dx_AD, order).astype(dtype), dweight_A1[order.inverse_MK, 0], None
-
-
-blocked_experts.defvjp(_forward, _backward)
+    return dp, sum_copies(dx_AD, order).astype(dtype), dweight_A1[order.inverse_MK, 0]

@@ -4,19 +4,22 @@
 
 Three ways to the same numbers, all summing over k in f32: ``looped_experts`` is the plain one; ``ragged_experts``
 sorts the assignments and runs ``lax.ragged_dot``, a single kernel on TPU; on CPU, where that costs as much as every
-expert applied to every token, ``blocked_experts`` walks the experts.
+expert applied to every token, ``blocked_experts`` walks the experts. The platform is chosen inside forward and inside
+backward, which keep the same things in between: differentiating through the choice would keep what either needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import EXPERTS, Array, Params, ParamSpec, Specs
 from kimi_jax.errors import UserError
-from kimi_jax.layers.blocked_experts import blocked_experts, blocked_experts_of
-from kimi_jax.layers.dispatch import combine, gather_tokens, sort_assignments, unsort
+from kimi_jax.layers import blocked_experts, ragged_experts
 from kimi_jax.layers.linear import contract
 from kimi_jax.layers.mlp import swiglu
 
@@ -39,38 +42,45 @@ def looped_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array)
     return y_MD.astype(x_MD.dtype)
 
 
-def ragged_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
-    order = sort_assignments(experts_MK, p["gate"].shape[0])
-    precision = lax.Precision.HIGHEST if x_MD.dtype == jnp.float32 else None
+def _differentiable(forward: Callable, backward: Callable) -> Callable:
+    """y of ``forward``, with the gradients of ``backward``."""
 
-    def grouped(x_AX: Array, w_EXY: Array) -> Array:
-        w_EXY = w_EXY.astype(x_AX.dtype)
-        y_AY = lax.ragged_dot(x_AX, w_EXY, order.sizes_E, precision=precision, preferred_element_type=jnp.float32)
-        return y_AY.astype(x_AX.dtype)
+    @jax.custom_vjp
+    def experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
+        return forward(p, x_MD, weights_MK, experts_MK)[0]
 
-    x_AD = gather_tokens(x_MD, order)
-    y_AD = grouped(swiglu(grouped(x_AD, p["gate"]), grouped(x_AD, p["up"])), p["down"])
-    return combine(unsort(y_AD, order), weights_MK).astype(x_MD.dtype)
+    def fwd(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array):
+        y_MD, hidden = forward(p, x_MD, weights_MK, experts_MK)
+        return y_MD, (p, x_MD, weights_MK, hidden)
+
+    def bwd(residuals, dy_MD: Array):
+        return *backward(*residuals, dy_MD), None
+
+    experts.defvjp(fwd, bwd)
+    return experts
 
 
-def fastest_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
-    """Whichever of the two fast ways suits the platform that the program is compiled for."""
-    return lax.platform_dependent(p, x_MD, weights_MK, experts_MK, cpu=blocked_experts, default=ragged_experts)
+def _fastest(on_cpu: Callable, elsewhere: Callable) -> Callable:
+    """Whichever suits the platform that the program is compiled for."""
+    return lambda *args: lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
 
 
 def fastest_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
-    """``fastest_experts`` with the weights of one layer of a stack [L, E, ...]: for decoding, not differentiable."""
+    """``fastest`` with the weights of one layer of a stack [L, E, ...]: for decoding, not differentiable."""
 
     def indexed(stack: Params, layer: Array, *args: Array) -> Array:
-        return ragged_experts({name: w[layer] for name, w in stack.items()}, *args)
+        return ragged_experts.forward({name: w[layer] for name, w in stack.items()}, *args)[0]
 
-    return lax.platform_dependent(stack, layer, x_MD, weights_MK, experts_MK, cpu=blocked_experts_of, default=indexed)
+    return _fastest(blocked_experts.blocked_experts_of, indexed)(stack, layer, x_MD, weights_MK, experts_MK)
 
 
 EXPERT_PATHS = {
-    "fastest": fastest_experts,
-    "blocked": blocked_experts,
-    "ragged": ragged_experts,
+    "fastest": _differentiable(
+        _fastest(blocked_experts.forward, ragged_experts.forward),
+        _fastest(blocked_experts.backward, ragged_experts.backward),
+    ),
+    "blocked": _differentiable(blocked_experts.forward, blocked_experts.backward),
+    "ragged": _differentiable(ragged_experts.forward, ragged_experts.backward),
     "looped": looped_experts,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -15,8 +16,50 @@ from kimi_jax.dims import Array
 
 def product(spec: str, x: Array, y: Array) -> Array:
     """``jnp.einsum(spec, x, y)`` accumulated and returned in f32; f32 operands are multiplied in full precision."""
+    if x.dtype == jnp.bfloat16 and spec != _plain(spec):
+        return lax.platform_dependent(x, y, cpu=partial(_plain_product, spec), default=partial(_einsum, spec))
+    return _einsum(spec, x, y)
+
+
+def _einsum(spec: str, x: Array, y: Array) -> Array:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _axes(spec: str) -> tuple[str, str, str, str]:
+    """The axes that x, y and the result share, those of x and the result, of y and the result, and those summed over."""
+    inputs, out = spec.split("->")
+    x, y = inputs.split(",")
+    batch = "".join(a for a in out if a in x and a in y)
+    mine, other = ("".join(a for a in out if a in one and a not in batch) for one in (x, y))
+    summed = "".join(a for a in x if a in y and a not in out)
+    return batch, mine, other, summed
+
+
+def _plain(spec: str) -> str:
+    """The spec of the same product with x [batch, own, summed], y [batch, own, summed] or y [batch, summed, own] and a
+    result [batch, x's own, y's own]."""
+    batch, mine, other, summed = _axes(spec)
+    y = spec.split("->")[0].split(",")[1]
+    y = y if y == f"{batch}{other}{summed}" else f"{batch}{summed}{other}"
+    return f"{batch}{mine}{summed},{y}->{batch}{mine}{other}"
+
+
+def _plain_product(spec: str, x: Array, y: Array) -> Array:
+    """The same as a plain product of operands that are transposed in memory before, of a result that is after.
+
+    XLA:CPU else comes to products that it cannot run in bf16: those that sum over an axis of x that is not minor.
+    """
+    plain = _plain(spec)
+    (x_axes, y_axes, out), (x_plain, y_plain, out_plain) = (re.split(",|->", s) for s in (spec, plain))
+    product_plain = _einsum(plain, _in_order(x, x_axes, x_plain), _in_order(y, y_axes, y_plain))
+    return _in_order(product_plain, out_plain, out)
+
+
+def _in_order(x: Array, axes: str, wanted: str) -> Array:
+    if axes == wanted:
+        return x
+    return lax.optimization_barrier(jnp.einsum(f"{axes}->{wanted}", lax.optimization_barrier(x)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,7 @@ def specs(D: int, F: int, std: float) -> Specs:
     }
 
 
+@partial(jax.checkpoint, prevent_cse=False)  # keeps gate and up alone for the backward pass
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up, computed in f32 and returned in the dtype of the operands."""
     gate_f32 = gate.astype(jnp.float32)

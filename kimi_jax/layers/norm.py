@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kimi_jax.dims import Array
 
 
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # keeps x alone for the backward pass
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """y = gain * x / sqrt(mean(x^2) + eps) over the last axis.
 

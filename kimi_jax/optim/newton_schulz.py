@@ -41,12 +41,14 @@ def _by_pieces(iterate, x_Snm: Array) -> Array:
 def _iterate(x_Snm: Array, steps: int, dtype) -> Array:
     a, b, c = COEFFICIENTS
     x_Snm = (x_Snm / (jnp.linalg.norm(x_Snm, axis=(1, 2), keepdims=True) + 1e-7)).astype(dtype)
-    for _ in range(steps):
+
+    def step(_, x_Snm: Array) -> Array:
         gram_Snn = _product("Snm,Skm->Snk", x_Snm, x_Snm)
         square_Snn = _product("Snk,Skl->Snl", gram_Snn.astype(dtype), gram_Snn.astype(dtype))
         poly_Snn = (b * gram_Snn + c * square_Snn).astype(dtype)
-        x_Snm = (a * x_Snm.astype(jnp.float32) + _product("Snk,Skm->Snm", poly_Snn, x_Snm)).astype(dtype)
-    return x_Snm.astype(jnp.float32)
+        return (a * x_Snm.astype(jnp.float32) + _product("Snk,Skm->Snm", poly_Snn, x_Snm)).astype(dtype)
+
+    return lax.fori_loop(0, steps, step, x_Snm).astype(jnp.float32)
 
 
 def _product(spec: str, x: Array, y: Array) -> Array:

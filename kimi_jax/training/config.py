@@ -58,6 +58,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    init_from: str | None = None  # weights to start from: whatever kimi_jax.load reads; None draws new ones
     seed: int = 0
     steps: int = 1000
     batch_size: int = 8  # sequences per optimizer step, over all devices and microbatches

@@ -11,6 +11,8 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,13 @@ from kimi_jax.data import tokenizer as tokenizers
 from kimi_jax.data.ngram import order2_bits_per_byte
 from kimi_jax.data.packing import Batch
 from kimi_jax.data.pipeline import EvalData, TrainData, split_bytes
+from kimi_jax.dims import Params, map_specs
 from kimi_jax.errors import UserError
 from kimi_jax.flops import peak_flops, training_flops_per_token
+from kimi_jax.host_memory import keep_freed_memory
 from kimi_jax.inference.decode import generate
-from kimi_jax.model import in_compute_dtype
+from kimi_jax.loading import load_params
+from kimi_jax.model import in_compute_dtype, specs
 from kimi_jax.training import metrics
 from kimi_jax.training.config import TrainConfig
 from kimi_jax.training.step import Metrics, TrainState, eval_step, init_state, train_step
@@ -48,18 +53,18 @@ class Run:
         self._eval_data = EvalData(cfg.data, self.tokenizer, max_batches=cfg.eval_batches, **sizes)
         _make_writable(workdir)
         self._checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
-        self.state, self.step = self._initial_state()
+        self.step = self._checkpoints.latest() or 0
         self._terminated = False
         self._skipped = 0
 
     def train(self) -> None:
         """Trains up to ``cfg.steps``. SIGTERM ends it after the step under way, with the state saved."""
         cfg = self.cfg
+        step_fn = self._begin()
         metrics.keep_until(self.workdir / metrics.FILE, self.step)
         self._writer = metrics.Writer(self.workdir, cfg.steps, self.step, cfg.log_every)
         self._clock = metrics.Clock()
         self._peak: float | None = None
-        step_fn = jax.jit(partial(train_step, cfg), donate_argnums=0)
         self._eval_fn = jax.jit(partial(eval_step, cfg))
         batches = self._train_data.iter(self.step, jax.process_index(), jax.process_count())
         before = signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -110,17 +115,33 @@ class Run:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.cfg.steps
 
-    def _initial_state(self) -> tuple[TrainState, int]:
-        latest = self._checkpoints.latest()
+    def _begin(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """Restores the state, or draws it while the step is compiled; returns the compiled step."""
         init = jax.jit(partial(init_state, self.cfg), out_shardings=self._replicated)
-        if latest is None:
-            return init(), 0
-        shapes = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._replicated), jax.eval_shape(init)
-        )
-        state, _ = self._checkpoints.restore(latest, shapes)
-        print(f"resuming {self.workdir} after step {latest}", flush=True)
-        return state, latest
+        shapes = jax.tree.map(partial(_placed, self._replicated), jax.eval_shape(init))
+        if self.step:
+            self.state, _ = self._checkpoints.restore(self.step, shapes)
+            print(f"resuming {self.workdir} after step {self.step}", flush=True)
+            return self._compiled(shapes)
+        weights = self._given_weights()
+        with ThreadPoolExecutor(1) as beside:
+            new = beside.submit(init, weights)
+            step_fn = self._compiled(shapes)
+        self.state = new.result()
+        return step_fn
+
+    def _compiled(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        cfg = self.cfg
+        ints, floats = (jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), dtype) for dtype in (np.int32, np.float32))
+        batch = jax.tree.map(partial(_placed, self._rows), Batch(ints, ints, ints, ints, floats))
+        return jax.jit(partial(train_step, cfg), donate_argnums=0).lower(state, batch).compile()
+
+    def _given_weights(self) -> Params | None:
+        path, model = self.cfg.init_from, self.cfg.model
+        if path is None:
+            return None
+        print(f"starting from the weights of {path}", flush=True)
+        return load_params(path, model, map_specs(lambda _: self._replicated, specs(model)))
 
     def _save(self) -> None:
         config = dataclasses.asdict(self.cfg)
@@ -199,6 +220,10 @@ class Run:
         self._terminated = True
 
 
+def _placed(sharding: NamedSharding, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+
 def _check_fit(cfg: TrainConfig, vocab_size: int) -> None:
     if vocab_size > cfg.model.vocab_size:
         raise UserError(
@@ -231,6 +256,8 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     if jax.config.jax_compilation_cache_dir is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "kimi_jax"))
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     run = Run(cfg, workdir)
     if run.step >= cfg.steps:
         print(f"{workdir} is already at step {run.step} of {cfg.steps}; raise steps to train on", file=sys.stderr)

@@ -86,9 +86,10 @@ def optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
     )
 
 
-def init_state(cfg: TrainConfig) -> TrainState:
-    """The state before the first step; wrap in ``jax.jit`` or ``jax.eval_shape``."""
-    params = init_params(cfg.model, cfg.seed)
+def init_state(cfg: TrainConfig, params: Params | None = None) -> TrainState:
+    """The state before the first step, from new weights or given ones; wrap in ``jax.jit`` or ``jax.eval_shape``."""
+    if params is None:
+        params = init_params(cfg.model, cfg.seed)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer(cfg).init(params))
 
 

@@ -112,3 +112,14 @@ def test_sample_follows_the_distribution():
     np.testing.assert_allclose(shares, probs, atol=4 * 0.5 / 20_000**0.5)
     assert drawn.dtype == np.int32
     np.testing.assert_array_equal(sample(jnp.asarray([[1.0, 3.0], [2.0, 0.0]]), 0, jax.random.key(0)), [1, 0])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_bfloat16_runs_at_every_batch_size(batch):
+    cfg = CFG.replace(dtype="bfloat16", experts="fastest")
+    params, tokens = parameters(cfg), np.random.default_rng(4).integers(0, 61, (batch, 6))
+    expected = np.asarray(forward(params, CFG, jnp.asarray(tokens)))[:, -1]
+    state, ones = init_state(cfg, batch, 8), jnp.ones(batch, jnp.int32)
+    _, state = EXTEND(params, cfg, state, jnp.asarray(tokens[:, :-1]), 5 * ones)
+    logits, _ = EXTEND(params, cfg, state, jnp.asarray(tokens[:, -1:]), ones)
+    assert np.linalg.norm(logits - expected) < 0.05 * np.linalg.norm(expected)

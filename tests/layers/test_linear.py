@@ -78,6 +78,16 @@ def test_weight_gradient_is_not_rounded(spec, dtype):
     assert_close(dw, np.einsum(spec, x, dy), jnp.float32)
 
 
+@pytest.mark.parametrize("sizes", [{}, dict(B=1), dict(T=1), dict(S=1), dict(N=1), dict(B=1, T=1), dict(B=8, T=1)])
+@pytest.mark.parametrize("spec", ["BTNC,BSC->BNTS", "BNTS,BSC->BNTC", "BNTS,BSC->BTNC", "BTNH,CNH->BTNC", "BST,SB->TB"])
+def test_every_order_of_axes_runs_in_bfloat16(spec, sizes, monkeypatch):
+    for axis, size in sizes.items():
+        monkeypatch.setitem(SIZES, axis, size)
+    x, y = (operand(axes, i) for i, axes in enumerate(spec.split("->")[0].split(",")))
+    ours = jax.jit(lambda x, y: product(spec, x, y))(jnp.asarray(x, jnp.bfloat16), jnp.asarray(y, jnp.bfloat16))
+    assert_close(ours, np.einsum(spec, x, y), jnp.float32)
+
+
 def test_products_accumulate_in_float32():
     """4096 ones: a bf16 sum stops at 256."""
     ones = jnp.ones((1, 4096), jnp.bfloat16)
