@@ -12,6 +12,8 @@ CORE = [
     "numpy>=2.0",
     "tensorstore>=0.1.80",
     "ml-collections>=1.1.0",
+    "fsspec>=2025.3",
+    "xxhash>=3.5",
 ]
 DATA = ["grain>=0.2.18", "tiktoken>=0.14", "pyarrow>=21"]
 REPORT = ["tensorboardX>=2.6.5", "matplotlib>=3.10", "tqdm>=4.67"]
@@ -20,6 +22,8 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "regex>=2024.4",
+    "s3fs>=2025.3",
+    "moto[server]>=5",
     "ruff==0.17.6",
     "pyright[nodejs]==1.1.414",
 ]

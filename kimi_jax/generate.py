@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from kimi_jax import cli
 from kimi_jax.errors import UserError
@@ -12,6 +11,7 @@ PROG = "python -m kimi_jax.generate"
 EXAMPLES = f"""\
   {PROG} --checkpoint runs/demo --prompt 'def main('
   {PROG} --checkpoint runs/demo --prompt 'import ' --temperature 0.8 --seed 3 --max-new-tokens 400
+  {PROG} --checkpoint ckpt/k2 --prompt 'The sky is' --tokenizer path/to/tiktoken.model
   {PROG} --checkpoint path/to/hf_directory --prompt 'The capital of France' --dtype bfloat16
 """
 
@@ -19,7 +19,7 @@ EXAMPLES = f"""\
 def main() -> None:
     parser = cli.Parser(PROG, "Continues a prompt with a trained checkpoint or a Hugging Face directory.", EXAMPLES)
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a training workdir, or a Hugging Face directory"
+        "--checkpoint", required=True, help="a training workdir, a converted checkpoint, or a Hugging Face directory"
     )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)

@@ -2,46 +2,71 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from kimi_jax.checkpoint import fp8, safetensors
-from kimi_jax.checkpoint.hf_names import SCALE_SUFFIX, STRAY, Entry, plan
+from kimi_jax.checkpoint import paths
+from kimi_jax.checkpoint.finish import HF_FOLDER
+from kimi_jax.checkpoint.hf_names import Entry
+from kimi_jax.checkpoint.manager import read_meta, restore_params
+from kimi_jax.checkpoint.placed import read_params
+from kimi_jax.checkpoint.source import Source
+from kimi_jax.checkpoint.weights import CheckpointWeights
 from kimi_jax.config import ModelConfig, from_dict
-from kimi_jax.dims import Params, ParamSpec, is_spec, map_specs
+from kimi_jax.dims import Params, is_spec, map_specs
 from kimi_jax.errors import UserError
 from kimi_jax.model import KimiK2, specs
-
-FLOATS = (np.float32, np.float16, np.float64, ml_dtypes.bfloat16)
+from kimi_jax.sharding.rules import shardings
 
 
 def load(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> tuple[KimiK2, Params]:
     """``(model, params)`` such that ``model.apply({"params": params}, tokens_BT)`` gives f32 logits.
 
-    ``path``: a Hugging Face directory (bf16, f32 or block-fp8 safetensors), or a training workdir, its checkpoints or
-    one step. ``dtype``: of weights and computation; by default weights keep the stored dtype (fp8 becomes exact f32)
-    and the computation runs in bf16 if they are bf16, else in f32. ``mesh``: replicates the weights over its devices.
-    The whole model is held in memory. Raises ``UserError`` on anything missing, left over, truncated or not finite.
+    ``path``: a Hugging Face directory (bf16, f32, block-fp8 or int4 safetensors), a converted checkpoint, or a training
+    workdir, its checkpoints or one step; local, or a URL such as gs://. ``dtype``: of weights and computation; by
+    default weights keep the stored dtype (fp8 and int4 become exact f32) and the computation runs in bf16 if they are
+    bf16, else in f32. ``mesh``: an axis named "expert" splits the experts, every other weight is on all devices;
+    each process reads what its devices hold. Raises ``UserError`` on anything missing, left over, truncated or not
+    finite.
     """
-    path = Path(path).expanduser()
+    path = path if paths.is_remote(path) else Path(path).expanduser()
     wanted = None if dtype is None else _compute_dtype(dtype)
-    if not path.exists():
-        raise UserError(f"there is no {path}")
-    if (path / "config.json").exists():
-        cfg, params = _from_hf(path, wanted)
-    elif any(path.glob("*.safetensors")):
-        raise UserError(f"{path} has safetensors but no config.json")
+    cfg, read = _open(path)
+    if wanted is not None:
+        cfg = cfg.replace(dtype=wanted.name, param_dtype=wanted.name)
+    if mesh is None:
+        here = SingleDeviceSharding(jax.devices()[0])
+        where = map_specs(lambda _: here, specs(cfg))
     else:
-        cfg, params = _from_checkpoint(path, wanted)
-    placement = NamedSharding(mesh, PartitionSpec()) if mesh else jax.devices()[0]
-    return KimiK2(cfg), jax.tree.map(lambda w: jax.device_put(w, placement), params)
+        where = shardings(specs(cfg), mesh)
+    return KimiK2(cfg), read(cfg, where)
+
+
+def load_params(path: str | Path, cfg: ModelConfig, where: Any) -> Params:
+    """The weights at ``path`` for a model of ``cfg``, in its dtype, placed as ``where``, a sharding for each.
+
+    Raises ``UserError`` if one has another shape than ``cfg`` asks for: nothing is cut or left out.
+    """
+    found, read = _open(path if paths.is_remote(path) else Path(path).expanduser())
+    theirs, ours = _shapes(found), _shapes(cfg)
+    for name in (*ours, *theirs):
+        if theirs.get(name) != ours.get(name):
+            one = f"has shape {theirs[name]}" if name in theirs else "does not exist"
+            other = f"has shape {ours[name]}" if name in ours else "does not exist"
+            raise UserError(f"{name} {one} in {path} but {other} in the config: change the config's model section")
+    return read(cfg, where)
+
+
+def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(specs(cfg), is_leaf=is_spec)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): spec.shape for path, spec in leaves}
 
 
 def _compute_dtype(dtype: Any) -> np.dtype:
@@ -54,108 +79,47 @@ def _compute_dtype(dtype: Any) -> np.dtype:
 
 def tokenizer_of(path: str | Path) -> str | None:
     """What ``data.tokenizer.load`` needs to read text for the model at ``path``; None if nothing there says so."""
-    path = Path(path).expanduser()
-    if (path / "tiktoken.model").exists():
-        return str(path / "tiktoken.model")
-    if (path / "config.json").exists() or not path.exists():
+    if not paths.is_remote(path):
+        path = Path(path).expanduser()
+        for folder in (path, path / HF_FOLDER):
+            if (folder / "tiktoken.model").exists():
+                return str(folder / "tiktoken.model")
+    if paths.exists(paths.join(path, "config.json")) or not paths.exists(path):
         return None
-    from kimi_jax.checkpoint.manager import read_meta
-
     return read_meta(path)["config"]["data"]["tokenizer"]
 
 
-def _from_checkpoint(path: Path, dtype: np.dtype | None) -> tuple[ModelConfig, Params]:
-    from kimi_jax.checkpoint.manager import restore_params
+Reader = Callable[[ModelConfig, Any], Params]  # (config with the dtypes wanted, shardings) -> parameters
 
-    params, meta = restore_params(path)
+
+def _open(path: str | Path) -> tuple[ModelConfig, Reader]:
+    """The config, with the stored dtypes, and what reads the weights."""
+    if not paths.exists(path):
+        raise UserError(f"there is no {path}")
+    if paths.exists(paths.join(path, "config.json")):
+        source = Source.open(path)
+        stored = source.stored_dtype().name
+        cfg = source.cfg.replace(dtype=stored, param_dtype=stored)
+        return cfg, partial(read_params, read=lambda entry, dtype: source.rows(entry, 0, entry.shape[0], dtype))
+    if any(name.endswith(".safetensors") for name in paths.names(path)):
+        raise UserError(f"{path} has safetensors but no config.json")
+    meta = read_meta(path)
     cfg = from_dict(ModelConfig, meta["config"]["model"], "model")
-    if dtype is not None:
-        cfg = cfg.replace(dtype=dtype.name, param_dtype=dtype.name)
-        params = jax.tree.map(lambda s, w: w if s.is_buffer else w.astype(dtype), specs(cfg), params, is_leaf=is_spec)
-    return cfg, params
+    return cfg, partial(_read_converted if "source" in meta else _read_trained, path)
 
 
-def _from_hf(path: Path, dtype: np.dtype | None) -> tuple[ModelConfig, Params]:
-    cfg = ModelConfig.from_hf(path / "config.json")
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    tensors = safetensors.read_directory(path)
-    entries = list(plan(cfg))
-    _check_names(cfg, raw, tensors, entries, path)
-    stored = _stored_dtype(tensors, entries) if dtype is None else dtype
-    cfg = cfg.replace(dtype=stored.name, param_dtype=stored.name)
-    block = _block_size(raw.get("quantization_config") or {})
+def _read_converted(path: str | Path, cfg: ModelConfig, where: Any) -> Params:
+    weights = CheckpointWeights.open(path)
 
-    def empty(spec: ParamSpec) -> np.ndarray:
-        return np.empty(spec.shape, np.float32 if spec.is_buffer else stored)
+    def read(entry: Entry, dtype: np.dtype) -> np.ndarray:
+        rows = weights.read(entry, 0, entry.shape[0])
+        return rows.values if rows.values.dtype == dtype else rows.in_f32(entry.name, weights.block).astype(dtype)
 
-    params = map_specs(empty, specs(cfg))
-    for entry in entries:
-        target = params
-        for key in entry.path:
-            target = target[key]
-        with np.errstate(over="ignore"):
-            target[entry.index] = entry.from_hf(_weights(entry, tensors, block))
-        if not np.isfinite(target[entry.index]).all():
-            file = tensors[entry.name][1]
-            raise UserError(f"{file}: {entry.name} holds NaN or infinity, or what is too large for {stored.name}")
-    return cfg, params
+    return read_params(cfg, where, read)
 
 
-def _block_size(quantisation: dict) -> tuple[int, int]:
-    """Rows and columns that share a scale, from ``quantization_config``."""
-    if not isinstance(quantisation, dict):
-        raise UserError(f"config.json: quantization_config must be an object, not {quantisation!r}")
-    method, block = quantisation.get("quant_method", "fp8"), quantisation.get("weight_block_size") or fp8.BLOCK
-    if method != "fp8":
-        raise UserError(f"config.json: quant_method={method!r} is not supported (only 'fp8' in blocks)")
-    if len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
-        raise UserError(f"config.json: weight_block_size={block!r} must be two positive numbers")
-    return block[0], block[1]
-
-
-def _check_names(cfg: ModelConfig, raw: dict, tensors: dict, entries: list[Entry], path: Path) -> None:
-    planned = {entry.name for entry in entries}
-    missing = [name for name in planned if name not in tensors]
-    if missing:
-        some = ", ".join(sorted(missing)[:3])
-        raise UserError(
-            f"{path} lacks {len(missing)} of {len(planned)} tensors: {some}{', ...' if missing[3:] else ''}"
-        )
-    scales = {name + SCALE_SUFFIX for name in planned}
-    n_extra = raw.get("num_nextn_predict_layers") or 0
-    if not isinstance(n_extra, int):
-        raise UserError(f"config.json: num_nextn_predict_layers must be int, not {n_extra!r}")
-    extra_layers = tuple(f"model.layers.{cfg.num_hidden_layers + i}." for i in range(n_extra))
-    unknown = sorted(
-        name
-        for name in tensors
-        if not (name in planned or name in scales or STRAY.fullmatch(name) or name.startswith(extra_layers))
+def _read_trained(path: str | Path, cfg: ModelConfig, where: Any) -> Params:
+    params, _ = restore_params(path, where)
+    return jax.tree.map(
+        lambda s, w: w if s.is_buffer else w.astype(cfg.param_dtype), specs(cfg), params, is_leaf=is_spec
     )
-    if unknown:
-        some = ", ".join(unknown[:3])
-        raise UserError(f"{path} holds {len(unknown)} tensors that this model does not have: {some}")
-
-
-def _stored_dtype(tensors: dict[str, tuple[np.ndarray, Path]], entries: list[Entry]) -> np.dtype:
-    """bf16 if every weight but the router's bias is bf16, else f32, which holds fp8, f16 and bf16 exactly."""
-    weights = [tensors[entry.name][0].dtype for entry in entries if entry.path[-1] != "bias"]
-    half = all(dtype == ml_dtypes.bfloat16 for dtype in weights)
-    return jnp.dtype(jnp.bfloat16 if half else jnp.float32)
-
-
-def _weights(entry: Entry, tensors: dict[str, tuple[np.ndarray, Path]], block: tuple[int, int]) -> np.ndarray:
-    """One tensor, de-quantised if it is fp8, checked for shape and dtype."""
-    tensor, file = tensors[entry.name]
-    where = f"{file}: {entry.name}"
-    if tensor.shape != entry.shape:
-        raise UserError(f"{where} has shape {tensor.shape}, but config.json implies {entry.shape}")
-    scale_name = entry.name + SCALE_SUFFIX
-    if tensor.dtype == ml_dtypes.float8_e4m3fn:
-        if scale_name not in tensors:
-            raise UserError(f"{where} is fp8, but there is no {scale_name}")
-        tensor = fp8.dequantise(tensor, tensors[scale_name][0], where, block)
-    elif scale_name in tensors:
-        raise UserError(f"{where} is {tensor.dtype}, but there is a {scale_name}: only fp8 weights have scales")
-    elif tensor.dtype not in FLOATS:
-        raise UserError(f"{where} has dtype {tensor.dtype}, which is not a weight's")
-    return tensor

@@ -10,6 +10,7 @@ Parameters are a nested dict with one leading "layers" axis per stack:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import VOCAB, Array, Params, ParamSpec, Specs, is_spec, map_specs
 from kimi_jax.errors import UserError
-from kimi_jax.layers import block, mla
+from kimi_jax.layers import block, experts, mla
 from kimi_jax.layers.linear import product
 from kimi_jax.layers.module import declare
 from kimi_jax.layers.norm import rms_norm
@@ -105,9 +106,11 @@ class KimiK2(nn.Module):
 
     ``positions_BT`` defaults to 0..T-1. Tokens attend within their ``segment_ids_BT`` only (packed documents);
     segment 0 is padding and counts in no statistic. ``stats=True`` returns ``(logits, Stats)``.
+    ``run_experts`` computes the routed experts, here or over a mesh.
     """
 
     cfg: ModelConfig
+    run_experts: Callable = experts.run
 
     def setup(self):
         cfg = self.cfg
@@ -124,7 +127,7 @@ class KimiK2(nn.Module):
                 in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=n_layers,
             )
-            setattr(self, name, stack(cfg, dense))
+            setattr(self, name, stack(cfg, dense, self.run_experts))
 
     def __call__(
         self, tokens_BT: Array, positions_BT: Array | None = None, segment_ids_BT: Array | None = None, stats=False
@@ -153,10 +156,15 @@ class KimiK2(nn.Module):
 
 
 def hidden_states(
-    cfg: ModelConfig, params: Params, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    positions_BT: Array,
+    segment_ids_BT: Array,
+    run_experts: Callable = experts.run,
 ) -> tuple[Array, Stats]:
     """``KimiK2.hidden_states`` as a pure function."""
-    found: Any = KimiK2(cfg).apply(
+    found: Any = KimiK2(cfg, run_experts).apply(
         {"params": params}, tokens_BT, positions_BT, segment_ids_BT, method=KimiK2.hidden_states
     )
     return found

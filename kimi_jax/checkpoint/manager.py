@@ -9,6 +9,7 @@ behind is never taken for a checkpoint.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from kimi_jax.checkpoint import paths
+from kimi_jax.checkpoint.version import FORMAT_VERSION
 from kimi_jax.dims import Params
 from kimi_jax.errors import UserError
 
-FORMAT_VERSION = 1
-FOLDER = "checkpoints"
+FOLDER, PARTS = "checkpoints", {"state", "meta"}
+CHUNK_BYTES = 64 << 20  # that are written and read together, about
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -45,7 +48,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts to save; the arrays are copied before it returns. ``meta`` must be JSON."""
         meta = {"format_version": FORMAT_VERSION, "step": step, **meta}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))  # type: ignore
+        how = jax.tree.map(_layer_by_layer, state)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state, how), meta=ocp.args.JsonSave(meta))  # type: ignore
         self._manager.save(step, args=items)
 
     def latest(self) -> int | None:
@@ -69,50 +73,66 @@ class Checkpoints:
         self._manager.close()
 
 
-def find(path: Path) -> Path | None:
+def _layer_by_layer(x: Any) -> ocp.SaveArgs:
+    """Cuts large stacked arrays into layers, so that an export need not read all of them for each."""
+    is_large = getattr(x, "ndim", 0) > 2 and x.nbytes > CHUNK_BYTES
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)) if is_large else ocp.SaveArgs()
+
+
+def find(path: paths.AnyPath) -> paths.AnyPath | None:
     """The newest complete step folder of a workdir, of its checkpoints folder, or the step folder itself."""
-    path = Path(path)
-    if (path / "state").is_dir() and (path / "meta").is_dir():
+
+    def names(folder: paths.AnyPath) -> set[str]:
+        return set(paths.names(folder)) if paths.is_dir(folder) else set()
+
+    def child(folder: paths.AnyPath, name: str) -> paths.AnyPath:
+        return paths.join(folder, name) if paths.is_remote(folder) else Path(folder) / name
+
+    there = names(path)
+    if there >= PARTS:
         return path
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = [d for d in folder.iterdir() if d.name.isdigit() and (d / "state").is_dir()] if folder.is_dir() else []
-    return max(steps, key=lambda d: int(d.name), default=None)
+    folder = child(path, FOLDER) if FOLDER in there else path
+    steps = [child(folder, name) for name in names(folder) if name.isdigit()]
+    complete = [step for step in steps if names(step) >= PARTS]
+    return max(complete, key=lambda step: int(paths.name(step)), default=None)
 
 
-def read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: paths.AnyPath) -> dict[str, Any]:
     """The meta of the newest checkpoint in anything that ``find`` accepts."""
     step = _found(path)
-    with _readable(step), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        meta = dict(reader.restore(step / "meta"))
+    with _readable(step):
+        meta = dict(json.loads(paths.read_text(paths.join(step, "meta", "metadata"))))
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{step} has format version {version}; this program reads {FORMAT_VERSION}: update kimi_jax")
     return meta
 
 
-def restore_params(path: Path) -> tuple[Params, dict[str, Any]]:
-    """The parameters alone, on the first device, without the optimizer's state; and the meta."""
+def restore_params(path: paths.AnyPath, shardings: Any = None) -> tuple[Params, dict[str, Any]]:
+    """The parameters alone, without the optimizer's state, and the meta. ``shardings``: default, the first device."""
     step = _found(path)
     meta, stored = read_meta(step), _stored(step)["params"]
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, stored)
     with _readable(step), ocp.PyTreeCheckpointer() as reader:
-        like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), stored)
-        how = jax.tree.map(lambda s: ocp.ArrayRestoreArgs(sharding=sharding, dtype=s.dtype), like)
+        like = jax.tree.map(lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), stored, shardings)
+        how = jax.tree.map(lambda s: ocp.ArrayRestoreArgs(sharding=s.sharding, dtype=s.dtype), like)
         request = ocp.args.PyTreeRestore(item={"params": like}, restore_args={"params": how}, partial_restore=True)
-        return reader.restore(step / "state", args=request)["params"], meta
+        return reader.restore(paths.join(step, "state"), args=request)["params"], meta
 
 
-def _stored(step: Path) -> Any:
+def _stored(step: paths.AnyPath) -> Any:
     """Shape and dtype of every array of a checkpoint, as a nested dict."""
     with _readable(step), ocp.PyTreeCheckpointer() as reader:
-        found = reader.metadata(step / "state").item_metadata
+        found = reader.metadata(paths.join(step, "state")).item_metadata
         if found is None:
             raise ValueError("the list of its arrays cannot be read")
         return found.tree
 
 
 @contextmanager
-def _readable(step: Path) -> Iterator[None]:
+def _readable(step: paths.AnyPath) -> Iterator[None]:
     """Whatever Orbax and TensorStore raise on a damaged file, as one line that names the checkpoint."""
     try:
         yield
@@ -124,11 +144,11 @@ def _readable(step: Path) -> Iterator[None]:
         ) from error
 
 
-def _found(path: Path) -> Path:
+def _found(path: paths.AnyPath) -> paths.AnyPath:
     step = find(path)
     if step is None:
         raise UserError(f"{path} holds neither a Hugging Face model nor a complete checkpoint")
-    return step.absolute()
+    return step if paths.is_remote(step) else Path(step).absolute()
 
 
 def _compare(found: Any, like: Any, where: Path) -> None:

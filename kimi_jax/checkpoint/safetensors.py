@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files with numpy, by memory map: nothing is loaded until it is used.
+"""Reading and writing safetensors files with numpy: nothing is loaded until it is used.
 
 A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the data.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from kimi_jax.checkpoint import paths
 from kimi_jax.errors import UserError
 
 DTYPES: dict[str, Any] = {
@@ -33,26 +35,41 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-INDEX = "model.safetensors.index.json"
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of one file, as read-only views of the mapped file."""
-    path = Path(path)
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: ``nbytes`` bytes of ``file`` from ``start``."""
+
+    file: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: paths.AnyPath) -> dict[str, Stored]:
+    """The tensors of one file, local or remote, from its header alone. The file must be long enough for all of them."""
     try:
-        size = path.stat().st_size
-        data = np.memmap(path, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
+        size = paths.size(path)
+        start = paths.read_bytes(path, 0, min(8, size))
+        length = int.from_bytes(start, "little")
+        if size < 8:
+            raise UserError(f"{path} is truncated: {size} bytes")
+        if length > size - 8:
+            raise UserError(f"{path} is truncated or no safetensors file: its header should have {length} bytes")
+        encoded = paths.read_bytes(path, 8, 8 + length) if length else b""
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if size < 8:
-        raise UserError(f"{path} is truncated: {size} bytes")
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    if length > size - 8:
-        raise UserError(f"{path} is truncated or no safetensors file: its header should have {length} bytes")
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        header = json.loads(data[8 : 8 + length].tobytes())
+        header = json.loads(encoded)
         header.pop("__metadata__", None)
-        tensors = {name: _tensor(path, name, entry, data[8 + length :]) for name, entry in header.items()}
+        data = (8 + length, size - 8 - length)
+        tensors = {name: _stored(path, name, entry, *data) for name, entry in header.items()}
         _check_no_gaps(path, [entry["data_offsets"] for entry in header.values()], size - 8 - length)
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -61,20 +78,29 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} has a damaged header: {error}") from error
 
 
-def _tensor(path: Path, name: str, entry: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of one local file, as read-only views of the mapped file."""
+    tensors = read_header(path)
+    data = np.memmap(path, np.uint8, mode="r")
+    return {name: data[t.start : t.start + t.nbytes].view(t.dtype).reshape(t.shape) for name, t in tensors.items()}
+
+
+def _stored(path: paths.AnyPath, name: str, entry: Mapping[str, Any], data_start: int, data_size: int) -> Stored:
     start, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
+        raise ValueError(f"{name} has shape {shape} and lies at {start}..{end}")
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{path}: {name} has the unknown dtype {entry['dtype']}")
-    dtype = np.dtype(DTYPES[entry["dtype"]])
-    if end > len(data):
-        raise UserError(f"{path} is truncated: {name} should end at byte {end} of the data, which has {len(data)}")
-    if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{path}: {name} has {end - start} bytes, which is not {shape} of {dtype}")
-    return data[start:end].view(dtype).reshape(shape)
+    found = Stored(str(path), np.dtype(DTYPES[entry["dtype"]]), shape, data_start + start)
+    if end > data_size:
+        raise UserError(f"{path} is truncated: {name} should end at byte {end} of the data, which has {data_size}")
+    if end - start != found.nbytes:
+        raise UserError(f"{path}: {name} has {end - start} bytes, which is not {shape} of {found.dtype}")
+    return found
 
 
-def _check_no_gaps(path: Path, spans: list[list[int]], size: int) -> None:
+def _check_no_gaps(path: paths.AnyPath, spans: list[list[int]], size: int) -> None:
     """The format wants every byte of the data in exactly one tensor."""
     covered = 0
     for start, end in sorted(spans):
@@ -105,35 +131,39 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     unfinished.replace(path)
 
 
-def read_directory(folder: Path) -> dict[str, tuple[np.ndarray, Path]]:
-    """Every tensor of a checkpoint and the file that it is in, whatever the layout of the shards.
+def read_headers(folder: paths.AnyPath) -> dict[str, Stored]:
+    """Every tensor of a checkpoint, from the headers alone, whatever the layout of the shards.
 
     With an index, the files that it names; otherwise every ``*.safetensors`` in the folder. A ``model.safetensors``
     that the index does not name replaces it: that is how transformers overwrites a larger model.
     """
-    folder = Path(folder)
-    index, whole = folder / INDEX, folder / "model.safetensors"
-    files = sorted(folder.glob("*.safetensors"))
-    expected: dict[str, str] = {}
-    if index.exists():
-        try:
-            expected = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / name for name in sorted(set(expected.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is not an index of safetensors: {error}") from error
-        if whole.exists() and whole not in files:
-            expected, files = {}, [whole]
+    there = paths.sizes(folder)
+    expected = read_index(folder) if INDEX in there else {}
+    files = sorted(set(expected.values())) or sorted(name for name in there if name.endswith(".safetensors"))
+    if expected and WHOLE in there and WHOLE not in files:
+        expected, files = {}, [WHOLE]
     if not files:
         raise UserError(f"{folder} holds no *.safetensors")
-    found: dict[str, tuple[np.ndarray, Path]] = {}
+    found: dict[str, Stored] = {}
     for file in files:
-        if not file.exists():
-            raise UserError(f"{file} is missing, though {INDEX} names it: the download is incomplete")
-        for name, tensor in read(file).items():
+        path = paths.join(folder, file)
+        if not paths.exists(path):
+            raise UserError(f"{path} is missing, though {INDEX} names it: the download is incomplete")
+        for name, tensor in read_header(path).items():
             if name in found:
-                raise UserError(f"{name} is in both {found[name][1]} and {file}")
-            found[name] = (tensor, file)
+                raise UserError(f"{name} is in both {found[name].file} and {path}")
+            found[name] = tensor
     for name, file in expected.items():
         if name not in found:
-            raise UserError(f"{name} is missing from {folder / file}, where {INDEX} says that it is")
+            raise UserError(f"{name} is missing from {paths.join(folder, file)}, where {INDEX} says that it is")
     return found
+
+
+def read_index(folder: paths.AnyPath) -> dict[str, str]:
+    """Name of every tensor -> name of its file."""
+    path = paths.join(folder, INDEX)
+    try:
+        files = json.loads(paths.read_text(path))["weight_map"]
+        return {str(name): str(file) for name, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not an index of safetensors: {error}") from error

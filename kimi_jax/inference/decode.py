@@ -72,8 +72,9 @@ def _run_stack(p: Params, cfg: ModelConfig, x_BTD: Array, pos, cache: Cache, sta
         index, layer_params, layer_cache = layer
         x_BTD, layer_cache = block.attend_cached(layer_params, cfg, x_BTD, pos, layer_cache, start_B, allowed_BTS)
 
-        def experts(_, cfg, x_MD, weights_MK, experts_MK):
-            return fastest_experts_of(stack, index, x_MD, weights_MK, experts_MK)
+        def experts(_, cfg, x_BTD, weights_BTK, experts_BTK):
+            rows = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTK, experts_BTK))
+            return fastest_experts_of(stack, index, *rows).reshape(x_BTD.shape)
 
         x_BTD, _ = block.feed_forward(layer_params, cfg, x_BTD, experts)
         return x_BTD, layer_cache

@@ -6,6 +6,7 @@ feed_forward(x) = SwiGLU(x)  or  sum_k w_k expert_k(x) + SwiGLU_shared(x)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -59,17 +60,16 @@ def attend_cached(
 
 
 def feed_forward(
-    p: Params, cfg: ModelConfig, x_BTD: Array, run_experts=experts.run
+    p: Params, cfg: ModelConfig, x_BTD: Array, run_experts: Callable = experts.run
 ) -> tuple[Array, router.Routing | None]:
     """x plus the block's feed-forward layer, and the routing if there was any."""
     B, T, D = x_BTD.shape
     h_BTD = rms_norm(x_BTD, p["mlp_norm"], cfg.rms_norm_eps)
     if "mlp" in p:
         return x_BTD + mlp.mlp(p["mlp"], h_BTD), None
-    h_MD = h_BTD.reshape(-1, D)
-    routing = router.route(p["moe"]["router"], cfg, h_MD)
-    y_MD = run_experts(p["moe"]["experts"], cfg, h_MD, routing.weights_MK, routing.experts_MK)
-    y_BTD = y_MD.reshape(B, T, D)
+    routing = router.route(p["moe"]["router"], cfg, h_BTD.reshape(-1, D))
+    chosen = (a.reshape(B, T, -1) for a in (routing.weights_MK, routing.experts_MK))
+    y_BTD = run_experts(p["moe"]["experts"], cfg, h_BTD, *chosen)
     if cfg.n_shared_experts:
         y_BTD = y_BTD + mlp.mlp(p["moe"]["shared"], h_BTD)
     return x_BTD + y_BTD, routing
@@ -80,12 +80,13 @@ class Block(nn.Module):
 
     cfg: ModelConfig
     dense: bool
+    run_experts: Callable = experts.run
 
     @nn.compact
     def __call__(self, x_BTD: Array, pos: mla.Positions, segment_ids_BT: Array) -> tuple[Array, BlockStats]:
         p = declare(self, specs(self.cfg, self.dense), self.cfg.param_dtype)
         x_BTD, max_logits_BN = attend(p, self.cfg, x_BTD, pos, segment_ids_BT)
-        x_BTD, routing = feed_forward(p, self.cfg, x_BTD)
+        x_BTD, routing = feed_forward(p, self.cfg, x_BTD, self.run_experts)
         if routing is None:
             none = jnp.zeros(0)
             return x_BTD, BlockStats(max_logits_BN, none, none, none)

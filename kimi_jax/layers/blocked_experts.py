@@ -52,7 +52,7 @@ def cut(sizes_E: Array, n_rows: int, longest: int) -> Pieces:
 
 
 class Piece(NamedTuple):
-    """One piece as a walk hands it to ``compute``: the longest size's rows from ``start``; its own are before ``end``."""
+    """One piece for ``compute``: as many rows from ``start`` as the longest size; its own are those before ``end``."""
 
     start: Array
     end: Array
@@ -79,7 +79,7 @@ class Piece(NamedTuple):
 def _walk(
     pieces: Pieces, sizes: tuple[int, ...], weights: Params, dtype, compute, store, carry, first: Array | int = 0
 ):
-    """For every piece: ``carry = store(carry, expert, start, compute(piece))``. Expert 0 is number ``first`` of ``weights``."""
+    """For every piece: carry = store(carry, expert, start, compute(piece)). Expert 0 is ``weights[first]``."""
 
     def step(i: Array, carry):
         expert = first + pieces.expert_I[i]
@@ -138,7 +138,7 @@ def _run(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array, E: int, f
 
 
 def backward(p: Params, x_MD: Array, weights_MK: Array, hidden: Hidden, dy_MD: Array) -> tuple[Params, Array, Array]:
-    """The gradients of ``p``, ``x`` and ``weights``."""
+    """The gradients of ``p`` (in f32), ``x`` and ``weights``."""
     (order, gate_AF, up_AF), (M, K), dtype = hidden, weights_MK.shape, x_MD.dtype
     E, D, _ = p["gate"].shape
     sizes = ladder(M * K, E)
@@ -187,5 +187,4 @@ def backward(p: Params, x_MD: Array, weights_MK: Array, hidden: Hidden, dy_MD: A
     )
     pieces = cut(order.sizes_E, M * K, longest)
     dx_AD, dweight_A1, dw = _walk(pieces, sizes, p, dtype, compute, store, carry)
-    dp = {name: dw[name].astype(p[name].dtype) for name in p}
-    return dp, sum_copies(dx_AD, order).astype(dtype), dweight_A1[order.inverse_MK, 0]
+    return dw, sum_copies(dx_AD, order).astype(dtype), dweight_A1[order.inverse_MK, 0]

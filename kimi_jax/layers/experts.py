@@ -11,6 +11,7 @@ backward, which keep the same things in between: differentiating through the cho
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,19 +43,26 @@ def looped_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array)
     return y_MD.astype(x_MD.dtype)
 
 
-def _differentiable(forward: Callable, backward: Callable) -> Callable:
-    """y of ``forward``, with the gradients of ``backward``."""
+class Path(NamedTuple):
+    """One way: ``forward(p, x, weights, experts) -> y, hidden``; ``backward(p, x, weights, hidden, dy) -> dp, dx,
+    dweights``, dp in f32."""
 
+    forward: Callable
+    backward: Callable
+
+
+def _differentiable(path: Path) -> Callable:
     @jax.custom_vjp
     def experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
-        return forward(p, x_MD, weights_MK, experts_MK)[0]
+        return path.forward(p, x_MD, weights_MK, experts_MK)[0]
 
     def fwd(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array):
-        y_MD, hidden = forward(p, x_MD, weights_MK, experts_MK)
+        y_MD, hidden = path.forward(p, x_MD, weights_MK, experts_MK)
         return y_MD, (p, x_MD, weights_MK, hidden)
 
     def bwd(residuals, dy_MD: Array):
-        return *backward(*residuals, dy_MD), None
+        dp, dx_MD, dweights_MK = path.backward(*residuals, dy_MD)
+        return {name: dp[name].astype(w.dtype) for name, w in residuals[0].items()}, dx_MD, dweights_MK, None
 
     experts.defvjp(fwd, bwd)
     return experts
@@ -74,18 +82,20 @@ def fastest_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Arr
     return _fastest(blocked_experts.blocked_experts_of, indexed)(stack, layer, x_MD, weights_MK, experts_MK)
 
 
+BLOCKED = Path(blocked_experts.forward, blocked_experts.backward)
+RAGGED = Path(ragged_experts.forward, ragged_experts.backward)
+FASTEST = Path(_fastest(BLOCKED.forward, RAGGED.forward), _fastest(BLOCKED.backward, RAGGED.backward))
+
 EXPERT_PATHS = {
-    "fastest": _differentiable(
-        _fastest(blocked_experts.forward, ragged_experts.forward),
-        _fastest(blocked_experts.backward, ragged_experts.backward),
-    ),
-    "blocked": _differentiable(blocked_experts.forward, blocked_experts.backward),
-    "ragged": _differentiable(ragged_experts.forward, ragged_experts.backward),
+    "fastest": _differentiable(FASTEST),
+    "blocked": _differentiable(BLOCKED),
+    "ragged": _differentiable(RAGGED),
     "looped": looped_experts,
 }
 
 
-def run(p: Params, cfg: ModelConfig, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
+def run(p: Params, cfg: ModelConfig, x_BTD: Array, weights_BTK: Array, experts_BTK: Array) -> Array:
     if cfg.experts not in EXPERT_PATHS:
         raise UserError(f"unknown model.experts {cfg.experts!r}; there are {', '.join(EXPERT_PATHS)}")
-    return EXPERT_PATHS[cfg.experts](p, x_MD, weights_MK, experts_MK)
+    x_MD, weights_MK, experts_MK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTK, experts_BTK))
+    return EXPERT_PATHS[cfg.experts](p, x_MD, weights_MK, experts_MK).reshape(x_BTD.shape)

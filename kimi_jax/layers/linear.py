@@ -27,7 +27,7 @@ def _einsum(spec: str, x: Array, y: Array) -> Array:
 
 
 def _axes(spec: str) -> tuple[str, str, str, str]:
-    """The axes that x, y and the result share, those of x and the result, of y and the result, and those summed over."""
+    """The axes of x, y and the result, of x and the result, of y and the result, and of x and y (summed over)."""
     inputs, out = spec.split("->")
     x, y = inputs.split(",")
     batch = "".join(a for a in out if a in x and a in y)

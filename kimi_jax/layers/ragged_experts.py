@@ -55,5 +55,5 @@ def backward(p: Params, x_MD: Array, weights_MK: Array, hidden: Hidden, dy_MD: A
     (dx_gate_AD, dgate), (dx_up_AD, dup) = gate_vjp(dgate_AF), up_vjp(dup_AF)
     dx_AD = (dx_gate_AD.astype(jnp.float32) + dx_up_AD.astype(jnp.float32)).astype(dtype)
     dweight_A = jnp.sum(dh_AF.astype(jnp.float32) * h_f32, axis=-1)
-    dp = {"gate": dgate, "up": dup, "down": ddown}
+    dp = {name: dw.astype(jnp.float32) for name, dw in (("gate", dgate), ("up", dup), ("down", ddown))}
     return dp, sum_copies(dx_AD, order).astype(dtype), dweight_A[order.inverse_MK]

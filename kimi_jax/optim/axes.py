@@ -88,9 +88,9 @@ def _by_axes(path: str, leaf: Array, axes: Axes, split_fused: bool) -> Layout:
 
 
 def matrices(x: Array, layout: Layout) -> list[Array]:
-    """The leaf as stacks of matrices [S, n, m]: one stack, or one per part."""
+    """The leaf as stacks of matrices [stack axes, n, m]: one stack, or one per part."""
     pieces = jnp.split(x, _cuts(layout), axis=-1) if layout.parts else [x]
-    return [piece.reshape(-1, *_sides(piece.shape, layout)) for piece in pieces]
+    return [piece.reshape(*piece.shape[: layout.stack], *_sides(piece.shape, layout)) for piece in pieces]
 
 
 def leaf(stacks: list[Array], shape: tuple[int, ...], layout: Layout) -> Array:

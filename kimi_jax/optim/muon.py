@@ -55,6 +55,7 @@ def muon_clip(
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
+    orthogonalise: Callable[[Array, int, Any], Array] = newton_schulz,
 ) -> optax.GradientTransformationExtraArgs:
     """The MuonClip transform: ``update(grads, state, params, max_logits=S)``, S [layers, heads] of this step's forward.
 
@@ -65,15 +66,16 @@ def muon_clip(
     QK-Clip scales. Without ``axes`` a 2-D leaf is a matrix unless its path names an embedding or a head, and nothing
     is clipped.
     ``split_fused``: orthogonalise each part of a ``Fused`` axis as its own matrix.
+    ``orthogonalise``: stacks of matrices [..., n, m], steps, dtype -> the same orthogonalised, here or over a mesh.
     ``tau``: QK-Clip's threshold; ``None`` turns it off. Under gradient accumulation S is the maximum over microbatches.
     """
 
     def matrix_update(grad: Array, buffer: Array, layout: Layout) -> Array:
         direction = momentum * buffer + grad if nesterov else buffer
         stacks = []
-        for m_Snm in matrix_axes.matrices(direction, layout):
-            scale = rms * max(m_Snm.shape[1:]) ** 0.5
-            stacks.append(scale * newton_schulz(m_Snm, ns_steps, ns_dtype))
+        for m in matrix_axes.matrices(direction, layout):
+            scale = rms * max(m.shape[-2:]) ** 0.5
+            stacks.append(scale * orthogonalise(m, ns_steps, ns_dtype))
         return matrix_axes.leaf(stacks, grad.shape, layout)
 
     return _transform(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -25,20 +26,21 @@ def newton_schulz(m: Array, steps: int = 5, dtype=jnp.bfloat16) -> Array:
     x_Snm = m.reshape(-1, *m.shape[-2:]).astype(jnp.float32)
     if tall:  # the barrier makes it a transpose in memory: XLA:CPU multiplies rows by columns several times faster
         x_Snm = lax.optimization_barrier(x_Snm.swapaxes(1, 2))
-    iterate = partial(_iterate, steps=steps, dtype=dtype)
-    x_Snm = lax.platform_dependent(x_Snm, cpu=partial(_by_pieces, iterate), default=iterate)
+    whole = partial(iterate, steps=steps, dtype=dtype)
+    x_Snm = lax.platform_dependent(x_Snm, cpu=partial(_by_pieces, whole), default=whole)
     return (x_Snm.swapaxes(1, 2) if tall else x_Snm).reshape(m.shape).astype(m.dtype)
 
 
-def _by_pieces(iterate, x_Snm: Array) -> Array:
+def _by_pieces(whole: Callable[[Array], Array], x_Snm: Array) -> Array:
     S, n, m = x_Snm.shape
     at_once = max(PIECE_ELEMENTS // (n * m), 1)
     if at_once >= S:
-        return iterate(x_Snm)
-    return lax.map(lambda x_nm: iterate(x_nm[None])[0], x_Snm, batch_size=at_once)
+        return whole(x_Snm)
+    return lax.map(lambda x_nm: whole(x_nm[None])[0], x_Snm, batch_size=at_once)
 
 
-def _iterate(x_Snm: Array, steps: int, dtype) -> Array:
+def iterate(x_Snm: Array, steps: int, dtype, place: Callable[[Array], Array] = lambda x: x) -> Array:
+    """The iteration itself, for n <= m; ``place`` is applied to every X, for a mesh to say where it lies."""
     a, b, c = COEFFICIENTS
     x_Snm = (x_Snm / (jnp.linalg.norm(x_Snm, axis=(1, 2), keepdims=True) + 1e-7)).astype(dtype)
 
@@ -46,9 +48,9 @@ def _iterate(x_Snm: Array, steps: int, dtype) -> Array:
         gram_Snn = _product("Snm,Skm->Snk", x_Snm, x_Snm)
         square_Snn = _product("Snk,Skl->Snl", gram_Snn.astype(dtype), gram_Snn.astype(dtype))
         poly_Snn = (b * gram_Snn + c * square_Snn).astype(dtype)
-        return (a * x_Snm.astype(jnp.float32) + _product("Snk,Skm->Snm", poly_Snn, x_Snm)).astype(dtype)
+        return place((a * x_Snm.astype(jnp.float32) + _product("Snk,Skm->Snm", poly_Snn, x_Snm)).astype(dtype))
 
-    return lax.fori_loop(0, steps, step, x_Snm).astype(jnp.float32)
+    return lax.fori_loop(0, steps, step, place(x_Snm)).astype(jnp.float32)
 
 
 def _product(spec: str, x: Array, y: Array) -> Array:

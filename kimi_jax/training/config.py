@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from kimi_jax.config import ModelConfig, from_dict
 from kimi_jax.data.pipeline import DataConfig
 from kimi_jax.errors import UserError
+from kimi_jax.sharding.mesh import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    mesh: MeshConfig = MeshConfig()
     init_from: str | None = None  # weights to start from: whatever kimi_jax.load reads; None draws new ones
     seed: int = 0
     steps: int = 1000

@@ -19,24 +19,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from kimi_jax.checkpoint.manager import Checkpoints
 from kimi_jax.data import tokenizer as tokenizers
 from kimi_jax.data.ngram import order2_bits_per_byte
 from kimi_jax.data.packing import Batch
 from kimi_jax.data.pipeline import EvalData, TrainData, split_bytes
-from kimi_jax.dims import Params, map_specs
+from kimi_jax.dims import Params
 from kimi_jax.errors import UserError
 from kimi_jax.flops import peak_flops, training_flops_per_token
 from kimi_jax.host_memory import keep_freed_memory
 from kimi_jax.inference.decode import generate
 from kimi_jax.loading import load_params
-from kimi_jax.model import in_compute_dtype, specs
+from kimi_jax.model import in_compute_dtype
 from kimi_jax.training import metrics
 from kimi_jax.training.config import TrainConfig
-from kimi_jax.training.step import Metrics, TrainState, eval_step, init_state, train_step
+from kimi_jax.training.placement import lowered_step, placement, shapes
+from kimi_jax.training.step import Metrics, TrainState, eval_step, init_state
 
 
 class Run:
@@ -46,8 +45,7 @@ class Run:
         self.cfg, self.workdir = cfg, workdir
         self.tokenizer = tokenizers.load(cfg.data.tokenizer)
         _check_fit(cfg, self.tokenizer.vocab_size)
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-        self._replicated, self._rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+        self._place = placement(cfg, jax.devices())
         sizes = dict(batch_size=cfg.batch_size, seq_len=cfg.seq_len)
         self._train_data = TrainData(cfg.data, self.tokenizer, seed=cfg.seed, **sizes)
         self._eval_data = EvalData(cfg.data, self.tokenizer, max_batches=cfg.eval_batches, **sizes)
@@ -65,7 +63,7 @@ class Run:
         self._writer = metrics.Writer(self.workdir, cfg.steps, self.step, cfg.log_every)
         self._clock = metrics.Clock()
         self._peak: float | None = None
-        self._eval_fn = jax.jit(partial(eval_step, cfg))
+        self._eval_fn = jax.jit(partial(eval_step, cfg, ops=self._place.ops))
         batches = self._train_data.iter(self.step, jax.process_index(), jax.process_count())
         before = signal.signal(signal.SIGTERM, self._on_sigterm)
         unreported: tuple[int, Batch, Metrics] | None = None
@@ -117,31 +115,25 @@ class Run:
 
     def _begin(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """Restores the state, or draws it while the step is compiled; returns the compiled step."""
-        init = jax.jit(partial(init_state, self.cfg), out_shardings=self._replicated)
-        shapes = jax.tree.map(partial(_placed, self._replicated), jax.eval_shape(init))
         if self.step:
-            self.state, _ = self._checkpoints.restore(self.step, shapes)
+            state, _ = shapes(self.cfg, self._place)
+            self.state, _ = self._checkpoints.restore(self.step, state)
             print(f"resuming {self.workdir} after step {self.step}", flush=True)
-            return self._compiled(shapes)
+            return lowered_step(self.cfg, self._place).compile()
+        init = jax.jit(partial(init_state, self.cfg), out_shardings=self._place.state)
         weights = self._given_weights()
         with ThreadPoolExecutor(1) as beside:
             new = beside.submit(init, weights)
-            step_fn = self._compiled(shapes)
+            step_fn = lowered_step(self.cfg, self._place).compile()
         self.state = new.result()
         return step_fn
-
-    def _compiled(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        cfg = self.cfg
-        ints, floats = (jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), dtype) for dtype in (np.int32, np.float32))
-        batch = jax.tree.map(partial(_placed, self._rows), Batch(ints, ints, ints, ints, floats))
-        return jax.jit(partial(train_step, cfg), donate_argnums=0).lower(state, batch).compile()
 
     def _given_weights(self) -> Params | None:
         path, model = self.cfg.init_from, self.cfg.model
         if path is None:
             return None
         print(f"starting from the weights of {path}", flush=True)
-        return load_params(path, model, map_specs(lambda _: self._replicated, specs(model)))
+        return load_params(path, model, self._place.state.params)
 
     def _save(self) -> None:
         config = dataclasses.asdict(self.cfg)
@@ -199,18 +191,20 @@ class Run:
         train, held = (split_bytes(self.cfg.data, which) for which in ("train", "eval"))
         baseline = order2_bits_per_byte(train, held)
         print(f"held-out bits per byte: {held_out:.4f}; an order-2 byte model of the same text: {baseline:.4f}")
-        print(f"sample:\n{self._sample()}", flush=True)
+        if jax.process_count() == 1:  # generates on one device, with all the weights there
+            print(f"sample:\n{self._sample()}", flush=True)
 
     def _sample(self) -> str:
         cfg = self.cfg
-        params = jax.jit(partial(in_compute_dtype, cfg.model))(self.state.params)
+        params = jax.device_put(self.state.params, jax.devices()[0])
+        params = jax.jit(partial(in_compute_dtype, cfg.model))(params)
         prompt = self.tokenizer.encode(cfg.sample_prompt) or [self.tokenizer.bos]
         tokens = generate(params, cfg.model, [prompt], new_tokens=cfg.sample_tokens, temperature=0.7, seed=cfg.seed)
         ids = [int(token_B[0]) for token_B in tokens]
         return self.tokenizer.decode(prompt + [i for i in ids if i < self.tokenizer.vocab_size])
 
     def _to_devices(self, batch: Batch) -> Batch:
-        return jax.tree.map(partial(jax.make_array_from_process_local_data, self._rows), batch)
+        return jax.tree.map(partial(jax.make_array_from_process_local_data, self._place.rows), batch)
 
     def _bytes(self, batch: Batch) -> float:
         """Bytes of text that the weighted targets stand for."""
@@ -220,21 +214,11 @@ class Run:
         self._terminated = True
 
 
-def _placed(sharding: NamedSharding, a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-
-
 def _check_fit(cfg: TrainConfig, vocab_size: int) -> None:
     if vocab_size > cfg.model.vocab_size:
         raise UserError(
             f"the tokenizer {cfg.data.tokenizer!r} has {vocab_size} ids but model.vocab_size is only "
             f"{cfg.model.vocab_size}: set model.vocab_size={vocab_size} or more"
-        )
-    micro = cfg.batch_size // cfg.accumulation
-    if micro % jax.device_count():
-        raise UserError(
-            f"a microbatch of {micro} sequences does not divide over {jax.device_count()} devices: "
-            "change batch_size or accumulation"
         )
 
 

@@ -10,6 +10,7 @@ A non-finite loss or gradient leaves the state as it was.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,23 @@ from jax import lax
 
 from kimi_jax.data.packing import Batch
 from kimi_jax.dims import Array, Params, axes_of
+from kimi_jax.layers import experts
 from kimi_jax.layers.router import updated_bias
 from kimi_jax.model import hidden_states, init_params, specs
-from kimi_jax.optim import adamw, muon_clip, warmup_stable_cosine
+from kimi_jax.optim import adamw, muon_clip, newton_schulz, warmup_stable_cosine
 from kimi_jax.training.config import TrainConfig
 from kimi_jax.training.loss import cross_entropy
+
+
+class Ops(NamedTuple):
+    """The computations that a mesh does in ways of its own."""
+
+    run_experts: Callable
+    cross_entropy: Callable
+    orthogonalise: Callable
+
+
+ON_ONE_DEVICE = Ops(experts.run, cross_entropy, newton_schulz)
 
 
 class TrainState(NamedTuple):
@@ -70,7 +83,7 @@ def learning_rate(cfg: TrainConfig) -> Callable[[Array], Array]:
     )
 
 
-def optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
+def optimizer(cfg: TrainConfig, ops: Ops = ON_ONE_DEVICE) -> optax.GradientTransformationExtraArgs:
     opt, axes = cfg.optimizer, axes_of(specs(cfg.model))
     adam: dict[str, Any] = dict(weight_decay=opt.weight_decay, tau=opt.tau, axes=axes, b1=opt.b1, b2=opt.b2)
     if opt.name == "adamw":
@@ -82,23 +95,27 @@ def optimizer(cfg: TrainConfig) -> optax.GradientTransformationExtraArgs:
         ns_steps=opt.ns_steps,
         ns_dtype=jnp.dtype(opt.ns_dtype),
         split_fused=opt.split_fused,
+        orthogonalise=ops.orthogonalise,
         **adam,
     )
 
 
-def init_state(cfg: TrainConfig, params: Params | None = None) -> TrainState:
+def init_state(cfg: TrainConfig, given: Params | None = None) -> TrainState:
     """The state before the first step, from new weights or given ones; wrap in ``jax.jit`` or ``jax.eval_shape``."""
-    if params is None:
-        params = init_params(cfg.model, cfg.seed)
+    params: Params = init_params(cfg.model, cfg.seed) if given is None else given
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer(cfg).init(params))
 
 
-def microbatch_sums(cfg: TrainConfig, params: Params, batch: Batch, total_weight: Array) -> Sums:
+def microbatch_sums(
+    cfg: TrainConfig, params: Params, batch: Batch, total_weight: Array, ops: Ops = ON_ONE_DEVICE
+) -> Sums:
     """Loss, gradients and statistics of one microbatch, scaled so that their sums are the global batch's."""
 
     def loss(params: Params):
-        x_BTD, stats = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids)
-        nll = cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights) / total_weight
+        x_BTD, stats = hidden_states(
+            cfg.model, params, batch.tokens, batch.positions, batch.segment_ids, ops.run_experts
+        )
+        nll = ops.cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights) / total_weight
         balance = stats.balance_loss / cfg.accumulation
         return nll + cfg.balance_loss_weight * balance, (nll, balance, stats)
 
@@ -106,32 +123,35 @@ def microbatch_sums(cfg: TrainConfig, params: Params, batch: Batch, total_weight
     return Sums(nll, balance, grads, stats.load_LE, stats.max_logits_LN)
 
 
-def batch_sums(cfg: TrainConfig, params: Params, batch: Batch) -> Sums:
+def batch_sums(cfg: TrainConfig, params: Params, batch: Batch, ops: Ops = ON_ONE_DEVICE) -> Sums:
     """``microbatch_sums`` over all microbatches of a global batch: sums, and the maximum of the logits."""
     total_weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
     n = cfg.accumulation
+    sums = partial(microbatch_sums, cfg, params, total_weight=total_weight, ops=ops)
     if n == 1:
-        return microbatch_sums(cfg, params, batch, total_weight)
+        return sums(batch)
     micro = jax.tree.map(lambda a: a.reshape(-1, n, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total: Sums, part: Batch):
-        new = microbatch_sums(cfg, params, part, total_weight)
+        new = sums(part)
         largest = jnp.maximum(total.max_logits_LN, new.max_logits_LN)
         return jax.tree.map(jnp.add, total, new)._replace(max_logits_LN=largest), None
 
-    shapes = jax.eval_shape(lambda: microbatch_sums(cfg, params, jax.tree.map(lambda a: a[0], micro), total_weight))
+    shapes = jax.eval_shape(lambda: sums(jax.tree.map(lambda a: a[0], micro)))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return lax.scan(add, zero._replace(max_logits_LN=jnp.full_like(zero.max_logits_LN, -jnp.inf)), micro)[0]
 
 
-def train_step(cfg: TrainConfig, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    sums = batch_sums(cfg, state.params, batch)
+def train_step(
+    cfg: TrainConfig, state: TrainState, batch: Batch, ops: Ops = ON_ONE_DEVICE
+) -> tuple[TrainState, Metrics]:
+    sums = batch_sums(cfg, state.params, batch, ops)
     grad_norm = optax.tree.norm(sums.grads)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
     limit = cfg.optimizer.max_grad_norm
     scale = 1.0 if limit is None else jnp.minimum(1.0, limit / jnp.maximum(grad_norm, 1e-12))
     grads = jax.tree.map(lambda g: g * scale, sums.grads)
-    updates, opt_state = optimizer(cfg).update(grads, state.opt_state, state.params, max_logits=sums.max_logits_LN)
+    updates, opt_state = optimizer(cfg, ops).update(grads, state.opt_state, state.params, max_logits=sums.max_logits_LN)
     params = _with_new_bias(optax.apply_updates(state.params, updates), sums.load_LE, cfg.bias_update_rate)
     new = TrainState(state.step + 1, params, opt_state)
     kept = state._replace(step=state.step + 1)
@@ -158,7 +178,7 @@ def _with_new_bias(params: Params, load_LE: Array, rate: float) -> Params:
     return {**params, "moe_layers": {**params["moe_layers"], "moe": {**moe, "router": router}}}
 
 
-def eval_step(cfg: TrainConfig, params: Params, batch: Batch) -> Array:
+def eval_step(cfg: TrainConfig, params: Params, batch: Batch, ops: Ops = ON_ONE_DEVICE) -> Array:
     """The summed cross-entropy of a batch, in nats."""
-    x_BTD, _ = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids)
-    return cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights)
+    x_BTD, _ = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids, ops.run_experts)
+    return ops.cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights)

@@ -1,0 +1,81 @@
+"""What a Hugging Face config.json says beyond the model's shape: the part that is text, and how weights are stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kimi_jax.checkpoint import fp8, int4, paths
+from kimi_jax.config import ModelConfig
+from kimi_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How the source's quantised weights are stored, as its config.json says."""
+
+    method: str | None  # "fp8", "int4" or None
+    block: tuple[int, int] = fp8.BLOCK  # rows and columns that share a scale of fp8
+    group: int = int4.GROUP  # columns that share a scale of int4
+
+
+def read_config(folder: paths.AnyPath) -> dict[str, Any]:
+    """config.json, or the text model's part of it together with the quantisation that may stand beside it."""
+    path = paths.join(folder, "config.json")
+    try:
+        text = paths.read_text(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError("a Hugging Face config must be a JSON object")
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return config
+    return {"quantization_config": config.get("quantization_config"), **inner}
+
+
+def quantisation_of(config: Mapping[str, Any]) -> Quantisation:
+    """From ``quantization_config``: fp8 in blocks, or int4 in groups as compressed-tensors packs it."""
+    found = config.get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise UserError(f"config.json: quantization_config must be an object, not {found!r}")
+    method = found.get("quant_method", "fp8")
+    if method == "compressed-tensors":
+        return Quantisation("int4", group=_group_size(found))
+    block = found.get("weight_block_size") or fp8.BLOCK
+    if method != "fp8":
+        raise UserError(f"config.json: quant_method={method!r} is not supported (only 'fp8' in blocks)")
+    if len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+        raise UserError(f"config.json: weight_block_size={block!r} must be two positive numbers")
+    return Quantisation("fp8" if found else None, (block[0], block[1]))
+
+
+def _group_size(found: Mapping[str, Any]) -> int:
+    """The group of symmetric int4 weights; whatever else compressed-tensors can say is refused."""
+    if found.get("format") != "pack-quantized":
+        raise UserError(f"config.json: compressed-tensors format {found.get('format')!r} is not supported")
+    groups = found.get("config_groups") or {}
+    sizes = set()
+    for group in groups.values():
+        weights = group.get("weights") or {}
+        given = {key: weights.get(key) for key in ("num_bits", "type", "strategy", "symmetric")}
+        if given != {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True}:
+            raise UserError(f"config.json: weights quantised as {given} are not supported (only symmetric int4 groups)")
+        sizes.add(weights.get("group_size"))
+    if len(sizes) != 1 or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise UserError(f"config.json: compressed-tensors needs one group_size, found {sorted(map(str, sizes))}")
+    return sizes.pop()
+
+
+def extra_layers(config: Mapping[str, Any], cfg: ModelConfig) -> tuple[str, ...]:
+    """Prefixes of the layers that predict further tokens, which are no part of the model."""
+    n = config.get("num_nextn_predict_layers") or 0
+    if not isinstance(n, int):
+        raise UserError(f"config.json: num_nextn_predict_layers must be int, not {n!r}")
+    return tuple(f"model.layers.{cfg.num_hidden_layers + i}." for i in range(n))

@@ -1,0 +1,3 @@
+"""The version of the checkpoint format: training's and the converter's are one."""
+
+FORMAT_VERSION = 1

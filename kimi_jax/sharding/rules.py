@@ -1,0 +1,68 @@
+"""Where parameters lie: the tables from logical axes to mesh axes.
+
+Layers name logical axes; nothing but this file says which of them a mesh splits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kimi_jax.dims import EXPERTS, HEADS, VOCAB, ParamSpec, Specs, is_spec
+from kimi_jax.errors import UserError
+
+Rules = Mapping[str, tuple[str, ...]]  # logical axis -> mesh axes that split it; what is not here is whole everywhere
+
+TRAIN: Rules = {  # an axis takes what no axis before it in this table has taken
+    EXPERTS: ("expert",),
+    HEADS: ("tensor",),
+    "mlp": ("tensor",),
+    "expert_mlp": ("tensor",),
+    VOCAB: ("tensor",),
+    "embed": ("fsdp", "expert"),
+    "q_lora": ("fsdp", "expert"),
+    "kv_lora": ("fsdp", "expert"),
+}
+SERVE: Rules = {EXPERTS: ("expert",)}
+
+
+def partition(spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: Rules, name: str = "parameter") -> PartitionSpec:
+    """How ``mesh`` splits one parameter. An axis that is absent or of size 1 splits nothing; a vector stays whole."""
+    n_stacks = sum(axis in ("layers", EXPERTS) for axis in spec.axes)
+    if len(spec.axes) - n_stacks < 2:
+        return PartitionSpec(*(None,) * len(spec.axes))
+    found: list[Any] = [None] * len(spec.axes)
+    free = {axis for axis, size in mesh.shape.items() if size > 1}
+    order = [axis for axis in rules if axis in spec.axes]
+    for logical in order:
+        i = spec.axes.index(logical)
+        taken = tuple(axis for axis in rules[logical] if axis in free)
+        n = math.prod(mesh.shape[axis] for axis in taken)
+        if spec.shape[i] % n:
+            fits = [d for d in range(1, n + 1) if spec.shape[i] % d == 0 and n % d == 0]
+            raise UserError(
+                f"{name}: {spec.shape[i]} {logical} do not divide over {n} devices (mesh {' x '.join(taken)}); "
+                f"a product of {' or '.join(map(str, fits))} would"
+            )
+        free -= set(taken)
+        found[i] = taken if len(taken) > 1 else taken[0] if taken else None
+    return PartitionSpec(*found)
+
+
+def shardings(specs: Specs, mesh: Mesh, rules: Rules = SERVE) -> Any:
+    """A sharding for every parameter, in the structure of the parameters.
+
+    If the mesh has an axis that splits anything, all its axes become Auto, whatever they were: the compiler follows the
+    weights, since no layer names an axis.
+    """
+    if any(mesh.shape.get(axis, 1) > 1 for axes in rules.values() for axis in axes):
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+    def one(path: Any, spec: ParamSpec) -> NamedSharding:
+        return NamedSharding(mesh, partition(spec, mesh, rules, ".".join(key.key for key in path)))
+
+    return jax.tree_util.tree_map_with_path(one, specs, is_leaf=is_spec)

@@ -1,0 +1,86 @@
+"""A training run on a mesh: where its state and its batches lie, and its step compiled for that place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kimi_jax.data.packing import Batch
+from kimi_jax.errors import UserError
+from kimi_jax.model import specs
+from kimi_jax.sharding.expert_parallel import exchange_for, expert_parallel
+from kimi_jax.sharding.mesh import BATCH, make_mesh
+from kimi_jax.sharding.parallel_newton_schulz import parallel_newton_schulz
+from kimi_jax.sharding.rules import TRAIN, shardings
+from kimi_jax.sharding.vocab_parallel import vocab_parallel
+from kimi_jax.training.config import TrainConfig
+from kimi_jax.training.step import ON_ONE_DEVICE, Ops, TrainState, init_state, train_step
+
+
+@dataclass(frozen=True)
+class Placement:
+    mesh: Mesh
+    state: Any  # a TrainState of shardings
+    rows: NamedSharding  # of everything in a batch
+    ops: Ops
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+def placement(cfg: TrainConfig, devices: Sequence[Any]) -> Placement:
+    """``cfg.mesh`` over ``devices``: those of this program, or of a topology that a program is compiled for."""
+    mesh = make_mesh(cfg.mesh, devices)
+    rows, columns = math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape["context"]
+    if (cfg.batch_size // cfg.accumulation) % rows:
+        raise UserError(
+            f"a microbatch of {cfg.batch_size // cfg.accumulation} sequences does not divide over {rows} devices: "
+            "change batch_size, accumulation or mesh"
+        )
+    if cfg.seq_len % columns:
+        raise UserError(f"seq_len {cfg.seq_len} does not divide over mesh.context = {columns}")
+    ops = ON_ONE_DEVICE
+    if len(devices) > 1:
+        ops = Ops(expert_parallel(mesh, exchange_for(devices[0])), vocab_parallel(mesh), parallel_newton_schulz(mesh))
+    return Placement(mesh, _state(cfg, mesh), NamedSharding(mesh, PartitionSpec(BATCH, "context")), ops)
+
+
+def _state(cfg: TrainConfig, mesh: Mesh) -> Any:
+    """The optimizer's moments lie where their parameters do, everything small everywhere."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params = shardings(specs(cfg.model), mesh, TRAIN)
+
+    def like_params(moments: Any) -> Any:
+        return jax.tree.map(lambda s, m: m if isinstance(m, optax.MaskedNode) else s, params, moments)
+
+    opt = jax.eval_shape(partial(init_state, cfg)).opt_state
+    moments = dict(momentum=like_params(opt.momentum), second=like_params(opt.second))
+    place: Any = TrainState
+    return place(replicated, params, opt._replace(count=replicated, ever_clipped=replicated, **moments))
+
+
+def shapes(cfg: TrainConfig, place: Placement) -> tuple[TrainState, Batch]:
+    """What a step takes, as shapes that know where they lie."""
+    state = jax.tree.map(_placed, jax.eval_shape(partial(init_state, cfg)), place.state)
+    ints, floats = (jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), dtype) for dtype in (np.int32, np.float32))
+    return state, jax.tree.map(partial(_placed, sharding=place.rows), Batch(ints, ints, ints, ints, floats))
+
+
+def lowered_step(cfg: TrainConfig, place: Placement):
+    """``train_step`` lowered for ``place``; ``compile()`` gives what runs: (state, batch) -> (state, metrics)."""
+    step = partial(train_step, cfg, ops=place.ops)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(place.state, place.replicated))
+    return jitted.lower(*shapes(cfg, place))
+
+
+def _placed(a: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)

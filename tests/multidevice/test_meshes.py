@@ -1,0 +1,54 @@
+"""A training step on every axis of the mesh, alone and in pairs, against the same step on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from functools import partial
+
+import jax
+import pytest
+
+from kimi_jax.dims import is_spec
+from kimi_jax.model import specs
+from kimi_jax.sharding.mesh import AXES, MeshConfig
+from kimi_jax.training.placement import lowered_step, placement
+from kimi_jax.training.step import train_step
+from tests.multidevice.test_step import a_batch, a_state, assert_same, config
+
+MESHES = [{axis: 2} for axis in AXES] + [{"fsdp": 2, "expert": 2, "tensor": 2}]
+SLOW = [dict.fromkeys(pair, 2) for pair in itertools.combinations(AXES, 2)] + [{"expert": 8}, {"fsdp": 2, "expert": 4}]
+MESHES += [pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW]
+
+
+def divisible(**sizes: int):
+    """The small model with sizes that all these meshes divide."""
+    cfg = config("float32")
+    model = cfg.model.replace(vocab_size=64, n_routed_experts=8, q_lora_rank=16)
+    return dataclasses.replace(cfg, model=model, mesh=MeshConfig(**sizes))
+
+
+def mild_state(cfg):
+    """Weights of half the size: attention is not so sharp that it multiplies the rounding of f32."""
+    state = a_state(cfg)
+    halved = jax.tree.map(
+        lambda spec, w: w if spec.std is None else w / 2, specs(cfg.model), state.params, is_leaf=is_spec
+    )
+    return state._replace(params=halved)
+
+
+@pytest.fixture(scope="module")
+def on_one():
+    cfg = divisible()
+    return jax.device_get(jax.jit(partial(train_step, cfg))(mild_state(cfg), a_batch()))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_step_on_any_mesh_is_a_step_on_one_device(sizes, on_one):
+    cfg = divisible(**{"data": 1, **sizes})
+    place = placement(cfg, jax.devices()[: math.prod(sizes.values())])
+    state, batch = jax.device_put(mild_state(cfg), place.state), jax.device_put(a_batch(), place.rows)
+    found_state, found = jax.device_get(lowered_step(cfg, place).compile()(state, batch))
+    one_state, one = on_one
+    assert_same((found_state, found), (one_state, one), 1e-5)

@@ -1,0 +1,43 @@
+"""The tables from logical axes to mesh axes, on one device; eight are in tests/multidevice."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from kimi_jax import presets
+from kimi_jax.dims import ParamSpec
+from kimi_jax.errors import UserError
+from kimi_jax.model import specs
+from kimi_jax.sharding.mesh import AXES
+from kimi_jax.sharding.rules import SERVE, TRAIN, partition, shardings
+
+STACK = ParamSpec((3, 8, 6, 4), ("layers", "experts", "embed", "expert_mlp"), 1.0)
+HEAD = ParamSpec((6, 10), ("embed", "vocab"), 1.0)
+
+
+def test_an_axis_of_one_device_splits_nothing():
+    mesh = Mesh(np.asarray(jax.devices()[:1]), "expert")
+    found = jax.tree.leaves(shardings(specs(presets.tiny()), mesh))
+    assert all(s.is_fully_replicated for s in found)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_serving_splits_the_experts_alone(n):
+    """On a mesh without devices: the rules need its shape."""
+    mesh = AbstractMesh((n,), ("expert",))
+    assert partition(STACK, mesh, SERVE) == PartitionSpec(None, "expert", None, None)
+    assert partition(HEAD, mesh, SERVE) == PartitionSpec(None, None)
+
+
+def test_training_splits_every_matrix_and_no_mesh_axis_twice():
+    mesh = AbstractMesh((2, 3, 2, 2, 2), AXES)
+    assert partition(STACK, mesh, TRAIN) == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert partition(HEAD, mesh, TRAIN) == PartitionSpec(("fsdp", "expert"), "tensor")
+    assert partition(ParamSpec((3, 6), ("layers", "embed"), fill=1.0), mesh, TRAIN) == PartitionSpec(None, None)
+
+
+def test_an_indivisible_parameter_is_named_with_what_divides():
+    mesh = AbstractMesh((1, 4, 1, 1, 1), AXES)
+    with pytest.raises(UserError, match="head: 6 embed do not divide over 4 devices.*fsdp.*a product of 1 or 2 would"):
+        partition(HEAD, mesh, TRAIN, "head")

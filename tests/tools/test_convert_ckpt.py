@@ -1,0 +1,88 @@
+"""The command line: what a user types, sees and gets as exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.examples import FP8_CONFIG, quantised, random_tensors, save_hf
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools" / "convert_ckpt.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return save_hf(tmp_path_factory.mktemp("source") / "hf", quantised(random_tensors()), **FP8_CONFIG)
+
+
+def test_there_and_back(tmp_path, source):
+    """From any directory; relative paths; a report beside the target."""
+    done = run("from-hf", source, "target/", "--dtype", "fp8", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "target is complete" in done.stdout
+    report = json.loads((tmp_path / "target.report.json").read_text())
+    assert report["finished"] and report["bytes_written"] == report["bytes_read"] > 0
+    assert {"seconds", "bytes_per_second", "peak_rss_bytes", "digest", "source", "target"} <= report.keys()
+    assert run("to-hf", tmp_path / "target", tmp_path / "back", "--shard-size", "100KB").returncode == 0
+    assert run("verify", source, tmp_path / "back").returncode == 0
+    shown = run("inspect", tmp_path / "target")
+    assert shown.returncode == 0 and "float8_e4m3fn" in shown.stdout
+
+
+def test_verify_tells_a_difference(tmp_path, source):
+    tensors = quantised(random_tensors())
+    name = "model.norm.weight"
+    tensors[name] = -tensors[name]
+    other = save_hf(tmp_path / "other", tensors, **FP8_CONFIG)
+    done = run("verify", source, other)
+    assert done.returncode == 1 and name in done.stdout
+
+
+def test_dry_run_writes_nothing(tmp_path, source):
+    done = run("from-hf", source, tmp_path / "t", "--dry-run", "--shard", "1/4")
+    assert done.returncode == 0 and "4 hosts" in done.stdout and "peak memory" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_shares_are_counted_from_0_or_1(tmp_path, source):
+    for share in ("1/3", "2/3", "3/3"):
+        done = run("from-hf", source, tmp_path / "t", "--shard", share, "--report", tmp_path / "r.json")
+        assert done.returncode == 0
+        assert json.loads((tmp_path / "r.json").read_text())["finished"] == (share == "3/3")
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        ([], 2, "required: COMMAND"),
+        (["from-hf", "a"], 2, "required: target"),
+        (["from-hf", "a", "b", "--shard", "4/3"], 2, "must be I/N"),
+        (["from-hf", "a", "b", "--workers", "0"], 2, "must be a positive number"),
+        (["from-hf", "a", "b", "--dtype", "int8"], 2, "invalid choice"),
+        (["to-hf", "a", "b", "--shard-size", "5XB"], 2, "must be a size"),
+        (["from-hf", "nowhere", "b"], 1, "cannot read nowhere/config.json"),
+        (["to-hf", "nowhere", "b"], 1, "nowhere"),
+        (["verify", "nowhere", "b"], 1, "nowhere"),
+        (["inspect", "nowhere"], 1, "nowhere"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, arguments, code, message):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == code and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("python tools/convert_ckpt.py")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["", "from-hf", "to-hf", "inspect", "verify"])
+def test_help_has_examples(command):
+    done = run(*command.split(), "--help")
+    assert done.returncode == 0 and f"examples:\n  python tools/convert_ckpt.py {command}" in done.stdout
