@@ -24,6 +24,7 @@ TEST = [
     "regex>=2024.4",
     "s3fs>=2025.3",
     "moto[server]>=5",
+    "jax[tpu]",
     "ruff==0.17.6",
     "pyright[nodejs]==1.1.414",
 ]
@@ -41,6 +42,7 @@ setup(
     install_requires=CORE + DATA + REPORT,
     extras_require={
         "tpu": ["jax[tpu]"],
+        "aot": ["jax[tpu]"],
         "test": TEST,
         "parity": PARITY,
     },

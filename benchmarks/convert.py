@@ -72,6 +72,20 @@ def timed(command: list[str], target: Path) -> float:
     return time.perf_counter() - began
 
 
+def disk_rate(target: Path, n_bytes: int) -> float:
+    """Bytes per second of writing as much, from memory, in files as large as an expert matrix in bf16, to the disk."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.sync()
+    target.mkdir()
+    piece = np.random.default_rng(0).integers(0, 256, 2 * 7168 * 2048, np.uint8).tobytes()
+    began = time.perf_counter()
+    n_files = -(-n_bytes // len(piece))
+    for i in range(n_files):
+        (target / str(i)).write_bytes(piece)
+    os.sync()
+    return n_files * len(piece) / (time.perf_counter() - began)
+
+
 def drop_caches() -> None:
     try:
         Path("/proc/sys/vm/drop_caches").write_text("1")
@@ -101,13 +115,16 @@ def main() -> None:
         size, base = sum(f.stat().st_size for f in source.iterdir()), rss_after_import()
         copies: list[float] = []
         results: dict[str, list[tuple[float, dict]]] = {dtype: [] for dtype in args.dtypes}
+        disk: dict[str, list[float]] = {dtype: [] for dtype in args.dtypes}
         for _ in range(args.repeats):
             copies.append(timed(["cp", "-r", str(source), str(target)], target))
             for dtype in args.dtypes:
                 command = [sys.executable, str(ROOT / "tools" / "convert_ckpt.py"), "from-hf", str(source), str(target)]
                 command += ["--dtype", dtype, "--workers", str(args.workers)]
                 seconds = timed(command, target)
-                results[dtype].append((seconds, json.loads(Path(f"{target}.report.json").read_text())))
+                report = json.loads(Path(f"{target}.report.json").read_text())
+                results[dtype].append((seconds, report))
+                disk[dtype].append(disk_rate(target, report["bytes_written"]))
         copy = size / statistics.median(copies)
         print(json.dumps({"what": "cp -r", "bytes": size, "bytes_per_second": round(copy)}))
         for dtype, runs in results.items():
@@ -119,6 +136,7 @@ def main() -> None:
                 "bytes_written": written,
                 "read_per_second_of_cp": round(size / seconds / copy, 3),
                 "written_per_second_of_cp": round(written / seconds / copy, 3),
+                "written_per_second_of_disk": round(written / seconds / statistics.median(disk[dtype]), 3),
                 "seconds": round(seconds, 2),
                 "peak_rss_above_import": max(r["peak_rss_bytes"] for _, r in runs) - base,
             }

@@ -41,7 +41,7 @@ def smoothed(records: list[dict], width: int = 20) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/muon_vs_adamw"))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     best: dict[str, tuple[float, float, list[dict]]] = {}
     for name, rates in GRID.items():

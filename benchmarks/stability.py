@@ -36,7 +36,7 @@ def run(workdir: Path, steps: int, rate: float, tau: float | None) -> list[dict]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/stability"))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, default=0.05)
     parser.add_argument("--tau", type=float, default=100.0)
     args = parser.parse_args()

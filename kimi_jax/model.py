@@ -33,6 +33,20 @@ REMAT_POLICIES = {
 }
 
 
+def lookup(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
+    return table_VD[tokens_BT].astype(dtype)
+
+
+class Ops(NamedTuple):
+    """The computations of a forward pass that a mesh does in ways of its own."""
+
+    run_experts: Callable = experts.run
+    lookup: Callable = lookup
+
+
+ON_ONE_DEVICE = Ops()
+
+
 class Stats(NamedTuple):
     """What a forward pass reports on request."""
 
@@ -93,7 +107,7 @@ def positions(cfg: ModelConfig, positions_BT: Array) -> mla.Positions:
 
 
 def embed(params: Params, cfg: ModelConfig, tokens_BT: Array) -> Array:
-    return params["embedding"][tokens_BT].astype(cfg.dtype)
+    return lookup(params["embedding"], tokens_BT, cfg.dtype)
 
 
 def head(params: Params, x_BTD: Array) -> Array:
@@ -106,11 +120,10 @@ class KimiK2(nn.Module):
 
     ``positions_BT`` defaults to 0..T-1. Tokens attend within their ``segment_ids_BT`` only (packed documents);
     segment 0 is padding and counts in no statistic. ``stats=True`` returns ``(logits, Stats)``.
-    ``run_experts`` computes the routed experts, here or over a mesh.
     """
 
     cfg: ModelConfig
-    run_experts: Callable = experts.run
+    ops: Ops = ON_ONE_DEVICE
 
     def setup(self):
         cfg = self.cfg
@@ -127,7 +140,7 @@ class KimiK2(nn.Module):
                 in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=n_layers,
             )
-            setattr(self, name, stack(cfg, dense, self.run_experts))
+            setattr(self, name, stack(cfg, dense, self.ops.run_experts))
 
     def __call__(
         self, tokens_BT: Array, positions_BT: Array | None = None, segment_ids_BT: Array | None = None, stats=False
@@ -146,7 +159,7 @@ class KimiK2(nn.Module):
             segment_ids_BT = jnp.ones_like(tokens_BT)
         cfg = self.cfg
         pos = positions(cfg, positions_BT)
-        x_BTD = embed(self.top, cfg, tokens_BT)
+        x_BTD = self.ops.lookup(self.top["embedding"], tokens_BT, cfg.dtype)
         found = []
         for name, _, _ in _stacks(cfg):
             x_BTD, stats = getattr(self, name)(x_BTD, pos, segment_ids_BT)
@@ -161,10 +174,10 @@ def hidden_states(
     tokens_BT: Array,
     positions_BT: Array,
     segment_ids_BT: Array,
-    run_experts: Callable = experts.run,
+    ops: Ops = ON_ONE_DEVICE,
 ) -> tuple[Array, Stats]:
     """``KimiK2.hidden_states`` as a pure function."""
-    found: Any = KimiK2(cfg, run_experts).apply(
+    found: Any = KimiK2(cfg, ops).apply(
         {"params": params}, tokens_BT, positions_BT, segment_ids_BT, method=KimiK2.hidden_states
     )
     return found

@@ -15,14 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.data.packing import Batch
 from kimi_jax.errors import UserError
-from kimi_jax.model import specs
+from kimi_jax.model import Ops, specs
 from kimi_jax.sharding.expert_parallel import exchange_for, expert_parallel
+from kimi_jax.sharding.lookup import parallel_lookup
 from kimi_jax.sharding.mesh import BATCH, make_mesh
 from kimi_jax.sharding.parallel_newton_schulz import parallel_newton_schulz
 from kimi_jax.sharding.rules import TRAIN, shardings
 from kimi_jax.sharding.vocab_parallel import vocab_parallel
 from kimi_jax.training.config import TrainConfig
-from kimi_jax.training.step import ON_ONE_DEVICE, Ops, TrainState, init_state, train_step
+from kimi_jax.training.step import ON_ONE_DEVICE, StepOps, TrainState, init_state, train_step
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Placement:
     mesh: Mesh
     state: Any  # a TrainState of shardings
     rows: NamedSharding  # of everything in a batch
-    ops: Ops
+    ops: StepOps
 
     @property
     def replicated(self) -> NamedSharding:
@@ -48,10 +49,18 @@ def placement(cfg: TrainConfig, devices: Sequence[Any]) -> Placement:
         )
     if cfg.seq_len % columns:
         raise UserError(f"seq_len {cfg.seq_len} does not divide over mesh.context = {columns}")
-    ops = ON_ONE_DEVICE
-    if len(devices) > 1:
-        ops = Ops(expert_parallel(mesh, exchange_for(devices[0])), vocab_parallel(mesh), parallel_newton_schulz(mesh))
-    return Placement(mesh, _state(cfg, mesh), NamedSharding(mesh, PartitionSpec(BATCH, "context")), ops)
+    state = _state(cfg, mesh)
+    ops = _spread(mesh, devices, state.params) if len(devices) > 1 else ON_ONE_DEVICE
+    return Placement(mesh, state, NamedSharding(mesh, PartitionSpec(BATCH, "context")), ops)
+
+
+def _spread(mesh: Mesh, devices: Sequence[Any], params: Any) -> StepOps:
+    return StepOps(
+        Ops(expert_parallel(mesh, exchange_for(devices[0])), parallel_lookup(mesh)),
+        vocab_parallel(mesh),
+        parallel_newton_schulz(mesh),
+        partial(jax.lax.with_sharding_constraint, shardings=params),
+    )
 
 
 def _state(cfg: TrainConfig, mesh: Mesh) -> Any:

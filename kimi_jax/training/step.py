@@ -20,23 +20,23 @@ from jax import lax
 
 from kimi_jax.data.packing import Batch
 from kimi_jax.dims import Array, Params, axes_of
-from kimi_jax.layers import experts
 from kimi_jax.layers.router import updated_bias
-from kimi_jax.model import hidden_states, init_params, specs
+from kimi_jax.model import Ops, hidden_states, init_params, specs
 from kimi_jax.optim import adamw, muon_clip, newton_schulz, warmup_stable_cosine
 from kimi_jax.training.config import TrainConfig
 from kimi_jax.training.loss import cross_entropy
 
 
-class Ops(NamedTuple):
-    """The computations that a mesh does in ways of its own."""
+class StepOps(NamedTuple):
+    """The computations of a step that a mesh does in ways of its own."""
 
-    run_experts: Callable
-    cross_entropy: Callable
-    orthogonalise: Callable
+    model: Ops = Ops()
+    cross_entropy: Callable = cross_entropy
+    orthogonalise: Callable = newton_schulz
+    place: Callable = lambda params: params  # says that a tree like the parameters lies where they do
 
 
-ON_ONE_DEVICE = Ops(experts.run, cross_entropy, newton_schulz)
+ON_ONE_DEVICE = StepOps()
 
 
 class TrainState(NamedTuple):
@@ -83,7 +83,7 @@ def learning_rate(cfg: TrainConfig) -> Callable[[Array], Array]:
     )
 
 
-def optimizer(cfg: TrainConfig, ops: Ops = ON_ONE_DEVICE) -> optax.GradientTransformationExtraArgs:
+def optimizer(cfg: TrainConfig, ops: StepOps = ON_ONE_DEVICE) -> optax.GradientTransformationExtraArgs:
     opt, axes = cfg.optimizer, axes_of(specs(cfg.model))
     adam: dict[str, Any] = dict(weight_decay=opt.weight_decay, tau=opt.tau, axes=axes, b1=opt.b1, b2=opt.b2)
     if opt.name == "adamw":
@@ -107,23 +107,21 @@ def init_state(cfg: TrainConfig, given: Params | None = None) -> TrainState:
 
 
 def microbatch_sums(
-    cfg: TrainConfig, params: Params, batch: Batch, total_weight: Array, ops: Ops = ON_ONE_DEVICE
+    cfg: TrainConfig, params: Params, batch: Batch, total_weight: Array, ops: StepOps = ON_ONE_DEVICE
 ) -> Sums:
     """Loss, gradients and statistics of one microbatch, scaled so that their sums are the global batch's."""
 
     def loss(params: Params):
-        x_BTD, stats = hidden_states(
-            cfg.model, params, batch.tokens, batch.positions, batch.segment_ids, ops.run_experts
-        )
+        x_BTD, stats = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids, ops.model)
         nll = ops.cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights) / total_weight
         balance = stats.balance_loss / cfg.accumulation
         return nll + cfg.balance_loss_weight * balance, (nll, balance, stats)
 
     grads, (nll, balance, stats) = jax.grad(loss, has_aux=True)(params)
-    return Sums(nll, balance, grads, stats.load_LE, stats.max_logits_LN)
+    return Sums(nll, balance, ops.place(grads), stats.load_LE, stats.max_logits_LN)
 
 
-def batch_sums(cfg: TrainConfig, params: Params, batch: Batch, ops: Ops = ON_ONE_DEVICE) -> Sums:
+def batch_sums(cfg: TrainConfig, params: Params, batch: Batch, ops: StepOps = ON_ONE_DEVICE) -> Sums:
     """``microbatch_sums`` over all microbatches of a global batch: sums, and the maximum of the logits."""
     total_weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
     n = cfg.accumulation
@@ -143,7 +141,7 @@ def batch_sums(cfg: TrainConfig, params: Params, batch: Batch, ops: Ops = ON_ONE
 
 
 def train_step(
-    cfg: TrainConfig, state: TrainState, batch: Batch, ops: Ops = ON_ONE_DEVICE
+    cfg: TrainConfig, state: TrainState, batch: Batch, ops: StepOps = ON_ONE_DEVICE
 ) -> tuple[TrainState, Metrics]:
     sums = batch_sums(cfg, state.params, batch, ops)
     grad_norm = optax.tree.norm(sums.grads)
@@ -178,7 +176,7 @@ def _with_new_bias(params: Params, load_LE: Array, rate: float) -> Params:
     return {**params, "moe_layers": {**params["moe_layers"], "moe": {**moe, "router": router}}}
 
 
-def eval_step(cfg: TrainConfig, params: Params, batch: Batch, ops: Ops = ON_ONE_DEVICE) -> Array:
+def eval_step(cfg: TrainConfig, params: Params, batch: Batch, ops: StepOps = ON_ONE_DEVICE) -> Array:
     """The summed cross-entropy of a batch, in nats."""
-    x_BTD, _ = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids, ops.run_experts)
+    x_BTD, _ = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids, ops.model)
     return ops.cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights)

@@ -1,0 +1,24 @@
+"""Kimi-K2, 1.03 trillion parameters, as pre-trained (report, section 2.4): 15.5 trillion tokens, 67 million a step.
+
+    python -m kimi_jax.aot --config configs/kimi_k2_1t.py --topology v5p:8x8x8
+
+512 chips of v5p: experts over 64 devices, everything over 512, four sequences a device at a time. Give it text with
+data.sources and the released vocabulary with data.tokenizer.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            model=dict(preset="kimi_k2_1t", remat="full"),
+            mesh=dict(fsdp=8, expert=64),
+            optimizer=dict(learning_rate=2e-4, weight_decay=0.1),
+            schedule=dict(warmup_steps=500, stable_tokens=10 * 10**12, decay_tokens=55 * 10**11, final_factor=0.1),
+            steps=231_000,
+            batch_size=16_384,
+            accumulation=8,
+            seq_len=4096,
+        )
+    )

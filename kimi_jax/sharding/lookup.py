@@ -1,0 +1,40 @@
+"""Embedding rows from a table that no device holds whole.
+
+The table [V, D] lies split over "fsdp" and "expert" along D and over "tensor" along V. Devices share their token ids,
+which are small; each looks up its slice of D for the tokens of all, and one exchange gives every device the whole rows
+of its own tokens. Backward, the exchange runs the other way and every device adds up the gradient of its slice, in f32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from kimi_jax.dims import Array
+from kimi_jax.sharding.mesh import BATCH
+
+SPLIT_D = ("fsdp", "expert")
+TABLE, TOKENS = PartitionSpec("tensor", SPLIT_D), PartitionSpec(BATCH, "context")
+
+
+def parallel_lookup(mesh: Mesh) -> Callable[[Array, Array, Any], Array]:
+    """What takes the place of ``model.lookup`` on ``mesh``."""
+
+    def lookup(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
+        def local(table_VD: Array, tokens_BT: Array) -> Array:
+            everyones_JM = lax.all_gather(tokens_BT.reshape(-1), SPLIT_D)
+            row_JM = everyones_JM - lax.axis_index("tensor") * table_VD.shape[0]
+            here_JM = (row_JM >= 0) & (row_JM < table_VD.shape[0])
+            rows_JMD = jnp.where(here_JM[..., None], table_VD[jnp.where(here_JM, row_JM, 0)], 0).astype(dtype)
+            slices_JMD = lax.all_to_all(lax.psum(rows_JMD, "tensor"), SPLIT_D, 0, 0)
+            return jnp.moveaxis(slices_JMD, 0, 1).reshape(*tokens_BT.shape, -1)
+
+        spread = jax.shard_map(local, mesh=mesh, in_specs=(TABLE, TOKENS), out_specs=TOKENS, check_vma=False)
+        return spread(table_VD, tokens_BT)
+
+    return lookup
