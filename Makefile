@@ -35,7 +35,7 @@ help: ## list the commands
 	@echo '  PYTHON=...        the Python to create $(VENV) with (default: the first of $(VERSIONS) that runs)'
 
 demo: $(VENV)/.core ## train a small Kimi-K2 on real text with MuonClip, here, in minutes
-	$(BIN)/python -m kimi_jax.train --config configs/debug.py --workdir $(WORKDIR) $(ARGS)
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m kimi_jax.train --config configs/debug.py --workdir $(WORKDIR) $(ARGS)
 	@echo "curves: $(WORKDIR)/curves.png   metrics: $(WORKDIR)/metrics.jsonl   sample: above"
 
 test: $(VENV)/.test ## every test but the slow ones, parity with transformers included
