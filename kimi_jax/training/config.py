@@ -131,7 +131,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        value = {"true": True, "false": False}.get(text.lower(), text)
     *sections, key = name.split(".")
     for section in sections:
         values = values.setdefault(section, {})

@@ -7,14 +7,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax import presets
 from kimi_jax.data.packing import Batch
 from kimi_jax.dims import map_specs
 from kimi_jax.model import specs
 from kimi_jax.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from kimi_jax.training.step import TrainState, batch_sums, optimizer, train_step
+from kimi_jax.training.placement import placement
+from kimi_jax.training.step import ON_ONE_DEVICE, TrainState, batch_sums, optimizer, train_step
 
 
 def config(dtype: str) -> TrainConfig:
@@ -52,13 +52,13 @@ def a_batch() -> Batch:
     return Batch(*(a.astype(np.int32) for a in (tokens, targets, segments, positions)), weights.astype(np.float32))
 
 
-def on_one_and_on_eight(f, state, batch):
-    """f(state, batch) on the first device, and with the batch split over all of them."""
+def on_one_and_on_eight(cfg: TrainConfig, f, state, batch):
+    """f(state, batch, ops) on the first device, and with the batch split over all of them."""
     assert jax.device_count() == 8
-    mesh = Mesh(np.asarray(jax.devices()), "data")
-    split, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    one = f(state, jax.device_put(batch, jax.devices()[0]))
-    eight = f(jax.device_put(state, replicated), jax.device_put(batch, split))
+    place = placement(cfg, jax.devices())
+    one = jax.jit(partial(f, ops=ON_ONE_DEVICE))(state, jax.device_put(batch, jax.devices()[0]))
+    split = jax.device_put(batch, place.rows)
+    eight = jax.jit(partial(f, ops=place.ops))(jax.device_put(state, place.replicated), split)
     assert {len(a.devices()) for a in jax.tree.leaves(eight)} == {8}
     return jax.device_get((one, eight))
 
@@ -71,7 +71,7 @@ def assert_same(ours, theirs, tolerance):
 
 def test_a_step_on_eight_devices_is_a_step_on_one():
     cfg = config("float32")
-    one, eight = on_one_and_on_eight(jax.jit(partial(train_step, cfg)), a_state(cfg), a_batch())
+    one, eight = on_one_and_on_eight(cfg, partial(train_step, cfg), a_state(cfg), a_batch())
     (one_state, one_metrics), (eight_state, eight_metrics) = one, eight
     assert_same((eight_state.params, eight_metrics), (one_state.params, one_metrics), 1e-5)
     assert_same(eight_state.opt_state, one_state.opt_state, 6e-5)  # gradients: their own distance from float64 in f32
@@ -80,8 +80,18 @@ def test_a_step_on_eight_devices_is_a_step_on_one():
 
 
 def test_gradients_in_bfloat16():
-    """The products that ask for a memory layout are those in bf16."""
+    """The products that ask for a memory layout are those in bf16: eight devices are as near to f32 as one is."""
+    exact = jax.device_get(
+        jax.jit(partial(batch_sums, config("float32")))(a_state(config("float32")).params, a_batch())
+    )
     cfg = config("bfloat16")
-    one, eight = on_one_and_on_eight(jax.jit(partial(batch_sums, cfg)), a_state(cfg).params, a_batch())
-    assert_same(eight, one, 1e-5)
-    np.testing.assert_array_equal(eight.load_LE, one.load_LE)
+    one, eight = on_one_and_on_eight(cfg, partial(batch_sums, cfg), a_state(cfg).params, a_batch())
+    far = [distance(sums.grads, exact.grads) for sums in (one, eight)]
+    assert 0.01 < far[1] < 1.1 * far[0]
+    np.testing.assert_allclose(eight.loss, one.loss, rtol=2e-3)
+
+
+def distance(grads, exact) -> float:
+    """Of all gradients together, relative."""
+    pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True))
+    return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(b**2) for _, b in pairs)))

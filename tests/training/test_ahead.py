@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = """
 from ml_collections import ConfigDict
 def get_config():
-    model = dict(preset="tiny", hidden_size=256, num_hidden_layers=3, num_attention_heads=8, remat="full")
+    model = dict(preset="tiny", hidden_size=256, num_hidden_layers=3, num_attention_heads=8)
     return ConfigDict(dict(model=model, mesh=dict(fsdp=2, expert=2), batch_size=8, seq_len=256))
 """
 
@@ -40,7 +40,7 @@ def test_a_small_step_compiles_and_its_memory_adds_up(tmp_path, topology):
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
-    run = aot(tmp_path, "--topology", "v5p:2x2x1", "--config.batch_size=262144", "--config.model.remat=none")
+    run = aot(tmp_path, "--topology", "v5p:2x2x1", "--config.batch_size=1048576")
     assert run.returncode == 1
     assert "GiB: use fewer sequences per device" in run.stderr.splitlines()[-1]
 
