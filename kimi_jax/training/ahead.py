@@ -29,7 +29,7 @@ HBM_GIB: dict[str, float] = {
     "TPU v6": 32,
     "TPU7x": 96,
 }  # per JAX device
-OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm")
+OUT_OF_MEMORY = re.compile(r"([\d.]+)([MGT])\)? (?:of|exceeds available HBM) \(?([\d.]+)([MGT])")  # libtpu's two ways
 UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -19,6 +19,9 @@ def get_config():
 """
 
 
+HUGE = ("--config.model.moe_intermediate_size=65536", "--config.model.n_routed_experts=1024")
+
+
 def aot(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     (tmp_path / "small.py").write_text(CONFIG)
     command = [sys.executable, "-m", "kimi_jax.aot", "--config", str(tmp_path / "small.py"), "--fast", *arguments]
@@ -40,7 +43,7 @@ def test_a_small_step_compiles_and_its_memory_adds_up(tmp_path, topology):
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
-    run = aot(tmp_path, "--topology", "v5p:2x2x1", "--config.batch_size=1048576")
+    run = aot(tmp_path, "--topology", "v5p:2x2x1", *HUGE)
     assert run.returncode == 1
     assert "GiB: use fewer sequences per device" in run.stderr.splitlines()[-1]
 
