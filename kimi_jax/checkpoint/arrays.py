@@ -72,7 +72,10 @@ class Arrays:
         try:
             listed = json.loads(paths.read_text(paths.join(folder, "_METADATA")))
             ocdbt, driver = listed["use_ocdbt"], "zarr3" if listed["use_zarr3"] else "zarr"
-            keys = [[str(k["key"]) for k in leaf["key_metadata"]] for leaf in listed["tree_metadata"].values()]
+            leaves = [
+                leaf for leaf in listed["tree_metadata"].values() if not leaf["value_metadata"]["skip_deserialize"]
+            ]
+            keys = [[str(k["key"]) for k in leaf["key_metadata"]] for leaf in leaves]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder} is no complete checkpoint: the list of its arrays cannot be read") from error
         context, opened = ts.Context(CONTEXT | {"cache_pool": {"total_bytes_limit": cache_bytes}}), {}

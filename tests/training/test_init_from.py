@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from kimi_jax.checkpoint.convert import from_hf
+from kimi_jax.checkpoint.export import to_hf
 from kimi_jax.checkpoint.manager import Checkpoints, restore_params
+from kimi_jax.checkpoint.verify import verify
 from kimi_jax.errors import UserError
 from kimi_jax.training.config import load as load_config
 from kimi_jax.training.loop import Run
@@ -65,6 +67,8 @@ def test_a_run_starts_and_resumes(folder, tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.latest() == 4
     checkpoints.close()
+    to_hf(tmp_path, tmp_path / "exported")
+    assert verify(tmp_path, tmp_path / "exported").same
     generate = [sys.executable, "-m", "kimi_jax.generate", "--checkpoint", folder / "converted", "--prompt", "a"]
     done = subprocess.run([*generate, "--tokenizer", "bytes", "--max-new-tokens", "4"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr
