@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from kimi_jax.dims import Array, Params
 from kimi_jax.layers.dispatch import Order, combine, sort_assignments, sum_copies
 from kimi_jax.layers.experts import FASTEST
 from kimi_jax.sharding.exchange import EXCHANGES, Exchange, padded
-from kimi_jax.sharding.mesh import AXES
+from kimi_jax.sharding.mesh import AXES, TOKENS
 
 HEADROOM = 1.25  # of q over a balanced routing's rows
 FSDP_AXIS = {"gate": 1, "up": 1, "down": 2}  # which axis of an expert stack is the model dimension
@@ -44,22 +44,16 @@ def expert_parallel(mesh: Mesh, exchange: str = "padded") -> Callable:
     """What takes the place of ``layers.experts.run`` on ``mesh``, with a way of ``EXCHANGES`` to send rows."""
 
     def run(p: Params, cfg: ModelConfig, x_BTD: Array, weights_BTK: Array, experts_BTK: Array) -> Array:
-        tokens = PartitionSpec(("data", "fsdp", "expert"), "context")
         local = jax.shard_map(
             partial(_local, EXCHANGES[exchange], cfg.n_routed_experts, mesh.shape["expert"]),
             mesh=mesh,
-            in_specs=({name: SPECS[name] for name in p}, tokens, tokens, tokens),
-            out_specs=tokens,
+            in_specs=({name: SPECS[name] for name in p}, TOKENS, TOKENS, TOKENS),
+            out_specs=TOKENS,
             check_vma=False,
         )
         return local(p, x_BTD, weights_BTK, experts_BTK)
 
     return run
-
-
-def exchange_for(device: Any) -> str:
-    """The best way to send rows on such a device: v5e's links and XLA:CPU have no ragged exchange."""
-    return "padded" if device.platform == "cpu" or device.device_kind in ("TPU v5 lite", "TPU v5e") else "ragged"
 
 
 class Rounds(NamedTuple):

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from kimi_jax.dims import Array
-from kimi_jax.sharding.mesh import BATCH
+from kimi_jax.dims import VOCAB, Array
+from kimi_jax.sharding.mesh import TOKENS
+from kimi_jax.sharding.rules import TRAIN
 
-SPLIT_D = ("fsdp", "expert")
-TABLE, TOKENS = PartitionSpec("tensor", SPLIT_D), PartitionSpec(BATCH, "context")
+SPLIT_D = TRAIN["embed"]
+TABLE = PartitionSpec(TRAIN[VOCAB], SPLIT_D)
 
 
 def parallel_lookup(mesh: Mesh) -> Callable[[Array, Array, Any], Array]:

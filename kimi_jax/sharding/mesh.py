@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from kimi_jax.errors import UserError
 
@@ -37,6 +37,7 @@ class MeshConfig:
 
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 BATCH = ("data", "fsdp", "expert")  # the axes over which the sequences of a batch are split
+TOKENS = PartitionSpec(BATCH, "context")  # of everything that is [B, T, ...]
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any]) -> Mesh:

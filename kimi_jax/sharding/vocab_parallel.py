@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from kimi_jax.dims import Array
+from kimi_jax.dims import VOCAB, Array
 from kimi_jax.layers.linear import product, weight_gradient
-from kimi_jax.sharding.mesh import BATCH
+from kimi_jax.sharding.mesh import BATCH, TOKENS
+from kimi_jax.sharding.rules import TRAIN
 
-SPLIT_D = ("fsdp", "expert")
-TOKENS, HEAD, WHOLE = PartitionSpec(BATCH, "context"), PartitionSpec(SPLIT_D, "tensor"), PartitionSpec()
+SPLIT_D = TRAIN["embed"]
+HEAD, WHOLE = PartitionSpec(SPLIT_D, TRAIN[VOCAB]), PartitionSpec()
 CHUNK_ELEMENTS = 2**25  # logits held at once, at most
 
 

@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kimi_jax.data.packing import Batch
 from kimi_jax.errors import UserError
 from kimi_jax.model import Ops, specs
-from kimi_jax.sharding.expert_parallel import exchange_for, expert_parallel
+from kimi_jax.sharding.exchange import exchange_for
+from kimi_jax.sharding.expert_parallel import expert_parallel
 from kimi_jax.sharding.lookup import parallel_lookup
-from kimi_jax.sharding.mesh import BATCH, make_mesh
+from kimi_jax.sharding.mesh import BATCH, TOKENS, make_mesh
 from kimi_jax.sharding.parallel_newton_schulz import parallel_newton_schulz
 from kimi_jax.sharding.rules import TRAIN, shardings
 from kimi_jax.sharding.vocab_parallel import vocab_parallel
@@ -51,7 +52,7 @@ def placement(cfg: TrainConfig, devices: Sequence[Any]) -> Placement:
         raise UserError(f"seq_len {cfg.seq_len} does not divide over mesh.context = {columns}")
     state = _state(cfg, mesh)
     ops = _spread(mesh, devices, state.params) if len(devices) > 1 else ON_ONE_DEVICE
-    return Placement(mesh, state, NamedSharding(mesh, PartitionSpec(BATCH, "context")), ops)
+    return Placement(mesh, state, NamedSharding(mesh, TOKENS), ops)
 
 
 def _spread(mesh: Mesh, devices: Sequence[Any], params: Any) -> StepOps:
