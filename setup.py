@@ -17,6 +17,7 @@ CORE = [
 ]
 DATA = ["grain>=0.2.18", "tiktoken>=0.14", "pyarrow>=21"]
 REPORT = ["tensorboardX>=2.6.5", "matplotlib>=3.10", "tqdm>=4.67"]
+TPU = ["jax[tpu]", "tokamax>=0.0.12"]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -24,7 +25,7 @@ TEST = [
     "regex>=2024.4",
     "s3fs>=2025.3",
     "moto[server]>=5",
-    "jax[tpu]",
+    *TPU,
     "ruff==0.17.6",
     "pyright[nodejs]==1.1.414",
 ]
@@ -41,8 +42,8 @@ setup(
     packages=find_packages(include=["kimi_jax", "kimi_jax.*"]),
     install_requires=CORE + DATA + REPORT,
     extras_require={
-        "tpu": ["jax[tpu]"],
-        "aot": ["jax[tpu]"],
+        "tpu": TPU,
+        "aot": TPU,
         "test": TEST,
         "parity": PARITY,
     },

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from kimi_jax import cli
 
@@ -13,7 +17,11 @@ PROG = "python -m kimi_jax.aot"
 EXAMPLES = f"""\
   {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x8
   {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x16 --config.mesh.fsdp=16 --json report.json
+  {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x8 --slices 2     # mesh.data between the slices
+  {PROG} --config configs/kimi_k2_1t.py --topology tpu7x:4x8x8 --sweep 3    # compiles the best 3 of all choices
   {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x8 --config.model.num_hidden_layers=4 --fast --dump-hlo hlo
+
+exits 0 if the step compiles and fits, 1 if not, 2 for a wrong command line. docs/scaling.md explains the figures.
 """
 
 
@@ -22,32 +30,92 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="defines get_config()")
     parser.add_argument("--config.KEY", metavar="VALUE", help="overrides one entry of the config, at any depth")
     parser.add_argument("--topology", required=True, help="as libtpu names it: v5p:8x8x8, v6e:16x16, tpu7x:4x4x8")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="that many of it, data between them (1)")
+    parser.add_argument("--sweep", type=int, metavar="N", help="rank meshes, batch and remat; compile the best N")
     parser.add_argument("--fast", action="store_true", help="compile at optimization level O1: half the time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report here")
     parser.add_argument("--dump-hlo", type=Path, metavar="DIR", help="also write the compiled program here, as text")
     args, overrides = parser.parse_known_args()
+    if args.sweep is not None and (args.sweep < 1 or args.dump_hlo):
+        parser.error("--sweep takes a number from 1 on, and no --dump-hlo")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
     import jax
 
-    from kimi_jax.errors import UserError
-    from kimi_jax.training import ahead, config
+    from kimi_jax.ahead.topology import topology_devices
+    from kimi_jax.training import config
 
     if args.fast:
         jax.config.update("jax_optimization_level", "O1")
     cfg = config.load(args.config, overrides)
-    report, compiled = ahead.compile_step(cfg, args.topology)
-    print(ahead.table(report), flush=True)
+    devices = topology_devices(args.topology, args.slices)
+    if args.sweep:
+        _sweep(args, overrides, cfg, devices)
+    else:
+        _one(args, cfg, devices)
+
+
+def _one(args: Any, cfg: Any, devices: list[Any]) -> None:
+    from kimi_jax.ahead.report import compile_step
+    from kimi_jax.ahead.sweep import would_fit
+    from kimi_jax.ahead.table import table
+    from kimi_jax.errors import UserError
+
+    report, text = compile_step(cfg, devices, args.topology, args.slices)
+    print(table(report), flush=True)
     if args.json:
-        args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2))
-    if compiled is None:
-        raise UserError(
-            f"the step needs {report.peak_gib:.1f} of {report.hbm_gib:.1f} GiB: use fewer sequences per device "
-            "(batch_size, accumulation), model.remat=full, or more devices"
-        )
+        _write(args.json, json.dumps(dataclasses.asdict(report), indent=2))
+    if text is None:
+        choices = "; or ".join(would_fit(cfg, devices, report, args.slices))
+        needs = f"the step needs {report.peak_gib:.1f} of {report.hbm_gib:.1f} GiB"
+        raise UserError(f"{needs}; what would fit, by estimate: {choices}")
     if args.dump_hlo:
         args.dump_hlo.mkdir(parents=True, exist_ok=True)
-        (args.dump_hlo / "train.hlo.txt").write_text(compiled.as_text())
+        _write(args.dump_hlo / "train.hlo.txt", text)
+
+
+def _sweep(args: Any, overrides: list[str], cfg: Any, devices: list[Any]) -> None:
+    from kimi_jax.ahead.sweep import choices
+    from kimi_jax.ahead.table import ranking
+    from kimi_jax.errors import UserError
+
+    found = choices(cfg, devices, args.slices)
+    print(f"{len(found)} choices fit by estimate; compiling the best {min(args.sweep, len(found))}", flush=True)
+    reports = []
+    for choice in found[: args.sweep]:
+        print(
+            f"{choice}: by estimate {choice.estimate.gib:.1f} GiB, {choice.estimate.seconds:.3g} s a step", flush=True
+        )
+        report = _in_a_process(args, [*overrides, *(f"--config.{override}" for override in choice.overrides)])
+        reports += [report] if report else []
+    reports.sort(key=lambda r: (not r["fits"], r["compiled"]["seconds_per_token"] if r["fits"] else r["peak_gib"]))
+    if args.json:
+        _write(args.json, json.dumps(reports, indent=2))
+    if reports:
+        print(f"\n{ranking(reports)}", flush=True)
+    if not any(report["fits"] for report in reports):
+        raise UserError("none of these choices compiles and fits: compile more (--sweep), or use more devices")
+
+
+def _in_a_process(args: Any, overrides: list[str]) -> dict[str, Any] | None:
+    """The report on one choice, from a process of its own: an error inside libtpu ends that one alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        to = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "kimi_jax.aot", "--config", str(args.config), "--topology", args.topology]
+        command += ["--slices", str(args.slices), *(["--fast"] if args.fast else []), "--json", str(to), *overrides]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if to.exists():
+            return json.loads(to.read_text(encoding="utf-8"))
+        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        print(f"  not compiled: {said}", flush=True)
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from kimi_jax.errors import UserError
+from kimi_jax.errors import one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +41,4 @@ def run(prog: str, main: Callable[[], None]) -> None:
     except Exception as error:
         if verbose:
             raise
-        kind = "" if isinstance(error, UserError) else f"unexpected {type(error).__name__}: "
-        hint = "" if isinstance(error, UserError) else " (--verbose shows the traceback)"
-        sys.exit(f"{prog}: {kind}{' '.join(str(error).split())}{hint}")
+        sys.exit(f"{prog}: {one_line(error)}")

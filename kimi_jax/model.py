@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import VOCAB, Array, Params, ParamSpec, Specs, is_spec, map_specs
 from kimi_jax.errors import UserError
-from kimi_jax.layers import block, experts, mla
+from kimi_jax.layers import block, mla
 from kimi_jax.layers.linear import product
 from kimi_jax.layers.module import declare
 from kimi_jax.layers.norm import rms_norm
@@ -30,6 +30,12 @@ REMAT_POLICIES = {
     "none": None,  # keep every activation
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the products with weights
     "full": jax.checkpoint_policies.nothing_saveable,  # keep a block's input alone
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # keep it in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[block.INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -40,7 +46,7 @@ def lookup(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
 class Ops(NamedTuple):
     """The computations of a forward pass that a mesh does in ways of its own."""
 
-    run_experts: Callable = experts.run
+    block: block.Ops = block.Ops()
     lookup: Callable = lookup
 
 
@@ -140,7 +146,7 @@ class KimiK2(nn.Module):
                 in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=n_layers,
             )
-            setattr(self, name, stack(cfg, dense, self.ops.run_experts))
+            setattr(self, name, stack(cfg, dense, self.ops.block))
 
     def __call__(
         self, tokens_BT: Array, positions_BT: Array | None = None, segment_ids_BT: Array | None = None, stats=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from kimi_jax import cli
@@ -13,6 +14,7 @@ EXAMPLES = f"""\
   {PROG} --workdir runs/demo                          again: resumes, or says that it is done
   {PROG} --config configs/debug.py --workdir runs/a --config.steps=50 --config.optimizer.name=adamw
   {PROG} --workdir runs/mine --config.data.sources='["corpus/*.txt"]' --config.model.hidden_size=192
+  {PROG} --workdir /shared/a --coordinator host0:8476 --process 0 --processes 2     and --process 1 on the other host
 """
 
 
@@ -23,11 +25,19 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="defines get_config()")
     parser.add_argument("--config.KEY", metavar="VALUE", help="overrides one entry of the config, at any depth")
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints, metrics and curves go here")
+    several = parser.add_argument_group("several processes", "found by themselves on TPU VMs, GKE and Slurm")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; or JAX_COORDINATOR_ADDRESS")
+    several.add_argument("--process", type=int, metavar="N", help="which one this is, from 0; or JAX_PROCESS_ID")
+    several.add_argument("--processes", type=int, metavar="M", help="how many there are; or JAX_NUM_PROCESSES")
     args, overrides = parser.parse_known_args()
 
+    from kimi_jax.pods import cluster, session
     from kimi_jax.training import config, loop
 
-    loop.train(config.load(args.config, overrides), args.workdir)
+    cfg = config.load(args.config, overrides)
+    told = cluster.Told(args.coordinator, args.process, args.processes)
+    with session.joined(PROG, told, cfg.pods, dataclasses.asdict(cfg), args.workdir) as run:
+        loop.train(cfg, args.workdir, run)
 
 
 if __name__ == "__main__":

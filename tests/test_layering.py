@@ -23,8 +23,9 @@ LEVELS = (
     {"sharding"},  # mesh, rules, collectives: placement is decided above the mathematics
     {"loading"},
     {"inference"},
+    {"pods"},
     {"training"},  # shows a sample at the end
-    {"server", "agent"},
+    {"server", "agent", "ahead"},
     {"rl"},
     {"cli"},
     {"train", "generate", "serve", "aot", "synthesize"},
@@ -38,7 +39,13 @@ ONLY = {  # parts that a stranger can lift out
 }
 UPWARD = {("config", "presets")}  # a configuration may name the preset it starts from
 
-NO_JAX = ("kimi_jax.inference.scheduler", "kimi_jax.server", "kimi_jax.agent", "kimi_jax.rl.rewards")
+PLANNING = ("request", "limits", "stops", "drafting", "prefix", "pages", "sequence", "plan", "scheduler")
+NO_JAX = (
+    *(f"kimi_jax.inference.{name}" for name in PLANNING),
+    "kimi_jax.server",
+    "kimi_jax.agent",
+    "kimi_jax.rl.rewards",
+)
 NEVER = {"torch", "transformers", "configs", "tests", "benchmarks", "tools"}
 MESH = {"Mesh", "PartitionSpec", "NamedSharding", "make_mesh", "shard_map", "devices", "device_count"}
 MESH |= {"local_devices", "local_device_count"}

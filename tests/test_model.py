@@ -158,7 +158,7 @@ def without_remat():
     return loss_and_gradients(CFG)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_recomputation_changes_nothing(remat, without_remat):
     found = loss_and_gradients(CFG.replace(remat=remat))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(without_remat), strict=True):
@@ -166,7 +166,7 @@ def test_recomputation_changes_nothing(remat, without_remat):
     assert not np.asarray(found[1]["moe_layers"]["moe"]["router"]["bias"]).any()
 
 
-@pytest.mark.parametrize(("field", "known"), [("remat", "none, dots, full"), ("experts", "fastest, blocked")])
+@pytest.mark.parametrize(("field", "known"), [("remat", "none, dots, full, offload"), ("experts", "fastest, blocked")])
 def test_unknown_choices(field, known):
     with pytest.raises(UserError, match=f"unknown model.{field} 'most'; there are {known}"):
         shapes(CFG.replace(**{field: "most"}))

@@ -80,13 +80,20 @@ class TrainData:
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """The rows of global batch ``step`` that belong to this process, each field [B / process_count, T]."""
-        rows = _rows(self.batch_size, process_index, process_count)
+        return self.rows(step, _rows(self.batch_size, process_index, process_count))
+
+    def rows(self, step: int, rows: Sequence[int]) -> Batch:
+        """Those rows of global batch ``step``, each field [len(rows), T]."""
         return _stack(self._sequences[step * self.batch_size + row] for row in rows)
 
     def iter(self, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
         """``batch(start_step)``, ``batch(start_step + 1)``, ... without end, prepared ahead by a thread."""
+        return self.iter_rows(start_step, _rows(self.batch_size, process_index, process_count))
+
+    def iter_rows(self, start_step: int, rows: Sequence[int]) -> Iterator[Batch]:
+        """``rows(start_step, rows)``, ``rows(start_step + 1, rows)``, ... likewise."""
         steps = grain.MapDataset.range(start_step, sys.maxsize)
-        batches = steps.map(lambda step: self.batch(step, process_index, process_count))
+        batches = steps.map(lambda step: self.rows(step, rows))
         return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
@@ -119,10 +126,14 @@ class EvalData:
 
     def batch(self, i: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """The rows of global batch ``i`` that belong to this process, each field [B / process_count, T]."""
+        return self.rows(i, _rows(self.batch_size, process_index, process_count))
+
+    def rows(self, i: int, rows: Sequence[int]) -> Batch:
+        """Those rows of global batch ``i``, each field [len(rows), T]."""
         assert 0 <= i < len(self)
         n = len(self._sequences)
-        rows = (i * self.batch_size + row for row in _rows(self.batch_size, process_index, process_count))
-        return _stack(self._sequences[row * n // self._picked if row < self._picked else n] for row in rows)
+        places = (i * self.batch_size + row for row in rows)
+        return _stack(self._sequences[place * n // self._picked if place < self._picked else n] for place in places)
 
     def iter(self, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
         """Every batch once."""

@@ -7,16 +7,35 @@ feed_forward(x) = SwiGLU(x)  or  sum_k w_k expert_k(x) + SwiGLU_shared(x)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Array, Params, ParamSpec, Specs
 from kimi_jax.layers import experts, mla, mlp, router
 from kimi_jax.layers.module import declare
 from kimi_jax.layers.norm import rms_norm
+
+
+def as_they_are(p: Params, specs: Specs, dtype: Any) -> Params:
+    return p
+
+
+class Ops(NamedTuple):
+    """The computations of a block that a mesh does in ways of its own."""
+
+    weights: Callable = as_they_are  # p, specs, dtype of the computation -> p, as the layers use it
+    attend: Callable = mla.expanded_attention
+    run_experts: Callable = experts.run
+
+
+ON_ONE_DEVICE = Ops()
+
+
+INPUT = "block_input"  # what a remat policy can name
 
 
 class BlockStats(NamedTuple):
@@ -40,11 +59,13 @@ def specs(cfg: ModelConfig, dense: bool) -> Specs:
     return common | {"moe": moe}
 
 
-def attend(p: Params, cfg: ModelConfig, x_BTD: Array, pos: mla.Positions, segment_ids_BT: Array) -> tuple[Array, Array]:
+def attend(
+    p: Params, cfg: ModelConfig, x_BTD: Array, pos: mla.Positions, segment_ids_BT: Array, ops: Ops = ON_ONE_DEVICE
+) -> tuple[Array, Array]:
     """x plus naive attention over the tokens of x themselves, and the largest logits [B, N]."""
     h_BTD = rms_norm(x_BTD, p["attn_norm"], cfg.rms_norm_eps)
     query, latent = mla.queries(p["attn"], cfg, h_BTD, pos), mla.latents(p["attn"], cfg, h_BTD, pos)
-    y_BTD, max_logits_BN = mla.naive(p["attn"], cfg, query, latent, segment_ids_BT)
+    y_BTD, max_logits_BN = mla.naive(p["attn"], cfg, query, latent, segment_ids_BT, ops.attend)
     return x_BTD + y_BTD, max_logits_BN
 
 
@@ -80,13 +101,15 @@ class Block(nn.Module):
 
     cfg: ModelConfig
     dense: bool
-    run_experts: Callable = experts.run
+    ops: Ops = ON_ONE_DEVICE
 
     @nn.compact
     def __call__(self, x_BTD: Array, pos: mla.Positions, segment_ids_BT: Array) -> tuple[Array, BlockStats]:
-        p = declare(self, specs(self.cfg, self.dense), self.cfg.param_dtype)
-        x_BTD, max_logits_BN = attend(p, self.cfg, x_BTD, pos, segment_ids_BT)
-        x_BTD, routing = feed_forward(p, self.cfg, x_BTD, self.run_experts)
+        x_BTD = checkpoint_name(x_BTD, INPUT)
+        declared = specs(self.cfg, self.dense)
+        p = self.ops.weights(declare(self, declared, self.cfg.param_dtype), declared, self.cfg.dtype)
+        x_BTD, max_logits_BN = attend(p, self.cfg, x_BTD, pos, segment_ids_BT, self.ops)
+        x_BTD, routing = feed_forward(p, self.cfg, x_BTD, self.ops.run_experts)
         if routing is None:
             none = jnp.zeros(0)
             return x_BTD, BlockStats(max_logits_BN, none, none, none)

@@ -21,6 +21,8 @@ from kimi_jax.config import ModelConfig
 from kimi_jax.dims import EXPERTS, Array, Params, ParamSpec, Specs
 from kimi_jax.errors import UserError
 from kimi_jax.layers import blocked_experts, ragged_experts
+from kimi_jax.layers.blocked_experts import ladder
+from kimi_jax.layers.dispatch import Hidden
 from kimi_jax.layers.linear import contract
 from kimi_jax.layers.mlp import swiglu
 
@@ -75,16 +77,26 @@ def _fastest(on_cpu: Callable, elsewhere: Callable) -> Callable:
 
 def fastest_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
     """``fastest`` with the weights of one layer of a stack [L, E, ...]: for decoding, not differentiable."""
+    choice = _fastest(blocked_experts.blocked_experts_of, ragged_experts.ragged_experts_of)
+    return choice(stack, layer, x_MD, weights_MK, experts_MK)
 
-    def indexed(stack: Params, layer: Array, *args: Array) -> Array:
-        return ragged_experts.forward({name: w[layer] for name, w in stack.items()}, *args)[0]
 
-    return _fastest(blocked_experts.blocked_experts_of, indexed)(stack, layer, x_MD, weights_MK, experts_MK)
+def _ragged_forward(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> tuple[Array, Hidden]:
+    """With as many rows past the last as the blocked path keeps."""
+    y_MD, hidden = ragged_experts.forward(p, x_MD, weights_MK, experts_MK)
+    past = ((0, ladder(experts_MK.size, p["gate"].shape[0])[-1]), (0, 0))
+    return y_MD, hidden._replace(gate_AF=jnp.pad(hidden.gate_AF, past), up_AF=jnp.pad(hidden.up_AF, past))
+
+
+def _ragged_backward(p: Params, x_MD: Array, weights_MK: Array, hidden: Hidden, dy_MD: Array):
+    A = weights_MK.size
+    hidden = hidden._replace(gate_AF=hidden.gate_AF[:A], up_AF=hidden.up_AF[:A])
+    return ragged_experts.backward(p, x_MD, weights_MK, hidden, dy_MD)
 
 
 BLOCKED = Path(blocked_experts.forward, blocked_experts.backward)
 RAGGED = Path(ragged_experts.forward, ragged_experts.backward)
-FASTEST = Path(_fastest(BLOCKED.forward, RAGGED.forward), _fastest(BLOCKED.backward, RAGGED.backward))
+FASTEST = Path(_fastest(BLOCKED.forward, _ragged_forward), _fastest(BLOCKED.backward, _ragged_backward))
 
 EXPERT_PATHS = {
     "fastest": _differentiable(FASTEST),

@@ -12,6 +12,7 @@ reads C + R numbers per cached token and nothing per head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -78,16 +79,42 @@ def latents(p: Params, cfg: ModelConfig, x_BTD: Array, pos: Positions) -> tuple[
     return rms_norm(c_BTC, p["kv_norm"], LATENT_EPS), rotate(k_rope_BTR, pos.cos, pos.sin)
 
 
-def naive(p: Params, cfg: ModelConfig, q: tuple[Array, Array], kv: tuple[Array, Array], segment_ids_BT: Array):
-    """Attention over keys and values expanded per head. Returns y [B, T, D] and the largest logits [B, N]."""
-    q_BTNX = jnp.concatenate(q, axis=-1)
-    c_BSC, k_rope_BSR = kv
-    k_nope_BSNH, v_BSNW = jnp.split(contract("BSC,CNX->BSNX", c_BSC, p["kv_b"]), [cfg.qk_nope_head_dim], axis=-1)
+def expanded_attention(
+    kv_b: Array, cfg: ModelConfig, q_BTNX: Array, c_BSC: Array, k_rope_BSR: Array, segment_ids_BT: Array
+) -> tuple[Array, Array]:
+    """o [B, T, N, W] and the largest logits [B, N], over keys and values expanded per head from the latents."""
+    return attend_expanded(attention, kv_b, cfg, q_BTNX, c_BSC, k_rope_BSR, segment_ids_BT)
+
+
+def attend_expanded(
+    attention: Callable,
+    kv_b: Array,
+    cfg: ModelConfig,
+    q_BTNX: Array,
+    c_BSC: Array,
+    k_rope_BSR: Array,
+    segment_ids_BT: Array,
+) -> tuple[Array, Array]:
+    """``expanded_attention`` with another computation in the place of ``layers.attention.attention``."""
+    k_nope_BSNH, v_BSNW = jnp.split(contract("BSC,CNX->BSNX", c_BSC, kv_b), [cfg.qk_nope_head_dim], axis=-1)
     k_rope_BSNR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope_BSNH.shape[:3], cfg.qk_rope_head_dim))
     k_BSNX = jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1)
     heads_first = [a.swapaxes(1, 2) for a in (q_BTNX, k_BSNX, v_BSNW)]
     o_BNTW, max_logits_BN = attention(*heads_first, segment_ids_BT, cfg.softmax_scale)
-    return contract("BTNW,NWD->BTD", o_BNTW.swapaxes(1, 2), p["o"]), max_logits_BN
+    return o_BNTW.swapaxes(1, 2), max_logits_BN
+
+
+def naive(
+    p: Params,
+    cfg: ModelConfig,
+    q: tuple[Array, Array],
+    kv: tuple[Array, Array],
+    segment_ids_BT: Array,
+    attend: Callable = expanded_attention,
+) -> tuple[Array, Array]:
+    """Attention over keys and values expanded per head. Returns y [B, T, D] and the largest logits [B, N]."""
+    o_BTNW, max_logits_BN = attend(p["kv_b"], cfg, jnp.concatenate(q, axis=-1), *kv, segment_ids_BT)
+    return contract("BTNW,NWD->BTD", o_BTNW, p["o"]), max_logits_BN
 
 
 def absorbed(p: Params, cfg: ModelConfig, q: tuple[Array, Array], kv: tuple[Array, Array], allowed_BTS: Array):

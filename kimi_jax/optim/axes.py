@@ -23,12 +23,14 @@ class Layout:
 
     ``stack``: number of leading axes that stack matrices. ``rows``: how many of the following axes form the rows of
     the matrix; the rest form its columns. ``parts``: sizes along the last axis of the matrices it is split into.
+    ``axes``: the logical names, where they are known.
     """
 
     kind: str
     stack: int = 0
     rows: int = 1
     parts: tuple[int, ...] = ()
+    axes: Axes = ()
 
 
 def layouts(params: Any, axes: Any | None, split_fused: bool) -> Any:
@@ -84,7 +86,7 @@ def _by_axes(path: str, leaf: Array, axes: Axes, split_fused: bool) -> Layout:
     if isinstance(last, Fused) and last.size != leaf.shape[-1]:
         raise ValueError(f"parameter {path}: the parts of {last} do not add up to {leaf.shape[-1]}")
     parts = tuple(size for _, size in last.parts) if split_fused and isinstance(last, Fused) else ()
-    return Layout(MATRIX, stack, rows, parts)
+    return Layout(MATRIX, stack, rows, parts, axes)
 
 
 def matrices(x: Array, layout: Layout) -> list[Array]:

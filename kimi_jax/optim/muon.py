@@ -40,10 +40,19 @@ class MuonClipState(NamedTuple):
     ever_clipped: Array  # bool [L, N]: heads that QK-Clip has touched so far; one False without such leaves
 
 
+def orthogonalised(direction: Array, layout: Layout, rms: float, steps: int, dtype: Any) -> Array:
+    """rms sqrt(max(n, m)) NewtonSchulz of every matrix of a leaf."""
+    stacks = [
+        rms * max(m.shape[-2:]) ** 0.5 * newton_schulz(m, steps, dtype) for m in matrix_axes.matrices(direction, layout)
+    ]
+    return matrix_axes.leaf(stacks, direction.shape, layout)
+
+
 def muon_clip(
     learning_rate: LearningRate,
     *,
     momentum: float = 0.95,
+    momentum_dtype: Any | None = None,
     nesterov: bool = True,
     ns_steps: int = 5,
     ns_dtype: Any = jnp.bfloat16,
@@ -55,7 +64,7 @@ def muon_clip(
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
-    orthogonalise: Callable[[Array, int, Any], Array] = newton_schulz,
+    orthogonalise: Callable[[Array, Layout, float, int, Any], Array] = orthogonalised,
 ) -> optax.GradientTransformationExtraArgs:
     """The MuonClip transform: ``update(grads, state, params, max_logits=S)``, S [layers, heads] of this step's forward.
 
@@ -65,24 +74,22 @@ def muon_clip(
     "router_bias" is a buffer that stays as it is; ``Fused`` parts named "nope" and "rope" after "heads" are what
     QK-Clip scales. Without ``axes`` a 2-D leaf is a matrix unless its path names an embedding or a head, and nothing
     is clipped.
+    ``momentum_dtype``: of the momentum of matrices as it is kept; ``None`` means that of the parameter.
     ``split_fused``: orthogonalise each part of a ``Fused`` axis as its own matrix.
-    ``orthogonalise``: stacks of matrices [..., n, m], steps, dtype -> the same orthogonalised, here or over a mesh.
+    ``orthogonalise``: takes the place of ``orthogonalised``, for matrices that lie spread over devices.
     ``tau``: QK-Clip's threshold; ``None`` turns it off. Under gradient accumulation S is the maximum over microbatches.
     """
 
     def matrix_update(grad: Array, buffer: Array, layout: Layout) -> Array:
         direction = momentum * buffer + grad if nesterov else buffer
-        stacks = []
-        for m in matrix_axes.matrices(direction, layout):
-            scale = rms * max(m.shape[-2:]) ** 0.5
-            stacks.append(scale * orthogonalise(m, ns_steps, ns_dtype))
-        return matrix_axes.leaf(stacks, grad.shape, layout)
+        return orthogonalise(direction, layout, rms, ns_steps, ns_dtype)
 
     return _transform(
         learning_rate,
         lambda params: matrix_axes.layouts(params, axes, split_fused),
         matrix_update,
         momentum=momentum,
+        momentum_dtype=momentum_dtype,
         weight_decay=weight_decay,
         tau=tau,
         axes=axes,
@@ -109,7 +116,17 @@ def adamw(
         return jax.tree.map(lambda layout: layout if layout.kind == FROZEN else Layout(ELEMENTWISE), found)
 
     return _transform(
-        learning_rate, layouts, None, momentum=0.0, weight_decay=weight_decay, tau=tau, axes=axes, b1=b1, b2=b2, eps=eps
+        learning_rate,
+        layouts,
+        None,
+        momentum=0.0,
+        momentum_dtype=None,
+        weight_decay=weight_decay,
+        tau=tau,
+        axes=axes,
+        b1=b1,
+        b2=b2,
+        eps=eps,
     )
 
 
@@ -119,6 +136,7 @@ def _transform(
     matrix_update: Callable[[Array, Array, Layout], Array] | None,
     *,
     momentum: float,
+    momentum_dtype: Any | None,
     weight_decay: float,
     tau: float | None,
     axes: Any | None,
@@ -133,7 +151,12 @@ def _transform(
 
     def init(params: Any) -> MuonClipState:
         kinds = jax.tree.map(lambda layout: layout.kind, layouts(params))
-        first = jax.tree.map(lambda p, kind: optax.MaskedNode() if kind == FROZEN else jnp.zeros_like(p), params, kinds)
+
+        def first_of(p: Array, kind: str):
+            dtype = momentum_dtype if kind == MATRIX else None
+            return optax.MaskedNode() if kind == FROZEN else jnp.zeros_like(p, dtype)
+
+        first = jax.tree.map(first_of, params, kinds)
         second = jax.tree.map(
             lambda p, kind: jnp.zeros_like(p) if kind == ELEMENTWISE else optax.MaskedNode(), params, kinds
         )
@@ -155,12 +178,13 @@ def _transform(
         def one(path, layout: Layout, grad: Array, p: Array, first, second):
             if layout.kind == FROZEN:
                 return jnp.zeros_like(p), first, second
-            grad = grad.astype(first.dtype)
             if layout.kind == MATRIX:
                 assert matrix_update is not None
-                first = momentum * first + grad
-                direction = matrix_update(grad, first, layout)
+                total = momentum * first.astype(jnp.float32) + grad
+                direction = matrix_update(grad, total, layout)
+                first = total.astype(first.dtype)
             else:
+                grad = grad.astype(first.dtype)
                 first = b1 * first + (1 - b1) * grad
                 second = b2 * second + (1 - b2) * jnp.square(grad)
                 m_hat, v_hat = first / (1 - b1**count), second / (1 - b2**count)

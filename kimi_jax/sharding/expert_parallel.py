@@ -2,22 +2,22 @@
 
     y = sum_k w_k SwiGLU(x; expert e_k),  device j holding experts j E/J .. (j+1) E/J - 1
 
-A device sorts its assignments by expert, hence by the device that holds it, and sends them in rounds of at most q rows
-to each device. q is a little more than a balanced routing needs, so buffers have one size whatever the routing, a
-balanced batch takes one round, and if every token chose the same device's experts, it would take J: nothing is dropped.
-The rounds end when the last device of the mesh has sent everything.
+A device sorts its assignments by expert, hence by the device that holds it, and sends them in rounds, in buffers of one
+size whatever the routing (``exchange``): a balanced batch takes one round, and if every token chose the same device's
+experts, it would take as many as there are devices: nothing is dropped. The rounds end when the last device of the mesh
+has sent everything. The tokens of a device are taken in chunks, so that memory does not grow with their number either.
 
 Backward, the tokens travel again, with their gradients, and the experts' hidden values are computed again: nothing of a
-round is kept. Weights whose other axes are split too ("fsdp", "tensor") are gathered over "fsdp" in the dtype of the
+round is kept. Weights whose other axes are split too are gathered over "fsdp" and "context" in the dtype of the
 computation, and their gradients reduced in f32 on the way back; over "tensor", every device computes its part of F.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,27 +27,30 @@ from jax.sharding import Mesh, PartitionSpec
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Array, Params
 from kimi_jax.layers.dispatch import Order, combine, sort_assignments, sum_copies
-from kimi_jax.layers.experts import FASTEST
-from kimi_jax.sharding.exchange import EXCHANGES, Exchange, padded
-from kimi_jax.sharding.mesh import AXES, TOKENS
+from kimi_jax.layers.experts import BLOCKED, RAGGED, Path
+from kimi_jax.sharding.exchange import WAYS, Counts, Journey, Way, counts
+from kimi_jax.sharding.fp8_rows import Fp8Rows, compressed, restored
+from kimi_jax.sharding.mesh import AXES, GATHERED, TOKENS
+from kimi_jax.sharding.rules import split
 
-HEADROOM = 1.25  # of q over a balanced routing's rows
-FSDP_AXIS = {"gate": 1, "up": 1, "down": 2}  # which axis of an expert stack is the model dimension
-SPECS = {
-    "gate": PartitionSpec("expert", "fsdp", "tensor"),
-    "up": PartitionSpec("expert", "fsdp", "tensor"),
-    "down": PartitionSpec("expert", "tensor", "fsdp"),
-}
+TOKENS_AT_ONCE = 8192  # on a device: what travels and is computed at once, and so the memory it takes
+WIDTH_AXIS = {"gate": 1, "up": 1, "down": 2}  # which axis of an expert stack is the model dimension
 
 
-def expert_parallel(mesh: Mesh, exchange: str = "padded") -> Callable:
-    """What takes the place of ``layers.experts.run`` on ``mesh``, with a way of ``EXCHANGES`` to send rows."""
+def expert_parallel(mesh: Mesh, way: str = "padded", fp8: bool = False) -> Callable:
+    """What takes the place of ``layers.experts.run`` on ``mesh``, with one of ``exchange.WAYS`` to send rows.
+
+    ``fp8``: tokens and gradients of outputs travel to the experts in eight bits (``fp8_rows``), results as they are.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def run(p: Params, cfg: ModelConfig, x_BTD: Array, weights_BTK: Array, experts_BTK: Array) -> Array:
+        over_D = split(x_BTD.shape[-1], GATHERED, mesh)
+        wide, narrow = PartitionSpec("expert", over_D, "tensor"), PartitionSpec("expert", "tensor", over_D)
         local = jax.shard_map(
-            partial(_local, EXCHANGES[exchange], cfg.n_routed_experts, mesh.shape["expert"]),
+            partial(_local, _Spread(WAYS[way], BLOCKED if on_cpu else RAGGED, fp8, over_D)),
             mesh=mesh,
-            in_specs=({name: SPECS[name] for name in p}, TOKENS, TOKENS, TOKENS),
+            in_specs=({"gate": wide, "up": wide, "down": narrow}, TOKENS, TOKENS, TOKENS),
             out_specs=TOKENS,
             check_vma=False,
         )
@@ -56,128 +59,118 @@ def expert_parallel(mesh: Mesh, exchange: str = "padded") -> Callable:
     return run
 
 
-class Rounds(NamedTuple):
-    """Which of a device's sorted assignments travel in which round: at most q to each of the J devices."""
+@dataclass(frozen=True)
+class _Spread:
+    """How rows travel, and what is done with them where they arrive."""
 
-    order: Order
-    expert_A: Array  # the expert of every sorted assignment
-    start_J: Array  # the first sorted assignment for each device
-    rows_J: Array  # how many there are for it
-    q: int
-    count: Array  # rounds until the last device of the mesh is done
+    way: Way
+    path: Path
+    fp8: bool
+    over_D: tuple[str, ...]  # the axes that split the model dimension of the weights
 
-    def places(self, r: Array) -> tuple[Array, Array]:
-        """The sorted assignments of round r, [J, q], and which of the places hold one."""
-        i_Jq = r * self.q + jnp.arange(self.q) + jnp.zeros_like(self.rows_J)[:, None]
-        own_Jq = i_Jq < self.rows_J[:, None]
-        return jnp.minimum(self.start_J[:, None] + i_Jq, self.expert_A.size - 1), own_Jq
+    def gathered(self, p: Params, dtype: Any) -> Params:
+        return {n: lax.all_gather(w.astype(dtype), self.over_D, axis=WIDTH_AXIS[n], tiled=True) for n, w in p.items()}
 
-    def sent(self, r: Array) -> Array:
-        return jnp.clip(self.rows_J - r * self.q, 0, self.q)
+    def scattered(self, dw: Params, p: Params) -> Params:
+        """The gradients of the weights as they lie, from f32 gradients of the gathered ones."""
+        summed = {
+            name: lax.psum_scatter(dw[name], self.over_D, scatter_dimension=WIDTH_AXIS[name], tiled=True) for name in p
+        }
+        return {name: summed[name].astype(w.dtype) for name, w in p.items()}
 
+    def packed(self, x_MD: Array) -> Fp8Rows | Array:
+        return compressed(x_MD) if self.fp8 else x_MD
 
-def _rounds(experts_MK: Array, E: int, J: int) -> Rounds:
-    order = sort_assignments(experts_MK, E)
-    A = experts_MK.size
-    rows_J = jnp.sum(order.sizes_E.reshape(J, -1), axis=1)
-    q = min(A, 8 * math.ceil(HEADROOM * A / (8 * J)))
-    count = lax.pmax(jnp.max(-(-rows_J // q)), AXES)  # a permutation is one program of all devices
-    return Rounds(order, experts_MK.reshape(-1)[order.order_A], jnp.cumsum(rows_J) - rows_J, rows_J, q, count)
+    def arrived(self, journey: Journey, rows_AX: Any, n_experts: int, dtype: Any) -> Array:
+        """Rows with their experts; zeros where no row came."""
+        rows_RX = jax.tree.map(journey.there, rows_AX)
+        x_RX = restored(rows_RX, dtype) if isinstance(rows_RX, Fp8Rows) else rows_RX
+        return jnp.where(journey.experts_R[:, None] < n_experts, x_RX, 0)
 
-
-class Travel(NamedTuple):
-    """One round: which sorted assignments go where, and the local expert of every row that arrives (E / J: no row)."""
-
-    exchange: Exchange
-    places_Jq: Array
-    own_Jq: Array
-    sent_J: Array
-    arriving_J: Array
-    experts_R1: Array
-
-    def there(self, rows_Jq: Array) -> Array:
-        """Rows in their places here to R = J q rows with their experts."""
-        arrived = self.exchange(rows_Jq, self.sent_J, "expert")
-        return arrived.reshape(-1, *rows_Jq.shape[2:])
-
-    def back(self, into_A: Array, rows_R: Array) -> Array:
-        """Results with the experts to ``into``, in sorted order, here."""
-        rows_Jq = self.exchange(rows_R.reshape(*self.own_Jq.shape, -1), self.arriving_J, "expert")
-        at_Jq = jnp.where(self.own_Jq, self.places_Jq, into_A.shape[0])  # past the end: dropped
-        return into_A.at[at_Jq].set(rows_Jq, mode="drop")
+    def plan(self, experts_MK: Array, E: int) -> tuple[Order, Counts, int, Array]:
+        """The assignments in order, everybody's counts, rows of a buffer, and the number of rounds."""
+        order = sort_assignments(experts_MK, E)
+        everyones = counts(order.sizes_E)
+        R = self.way.buffer(experts_MK.size, len(everyones.device_IJ))
+        return order, everyones, R, lax.pmax(self.way.rounds(everyones, R), AXES)  # the same number everywhere
 
 
-def _travel(exchange: Exchange, rounds: Rounds, r: Array, experts_per_device: int) -> Travel:
-    places_Jq, own_Jq = rounds.places(r)
-    sent_J = rounds.sent(r)
-    expert_Jq = jnp.where(own_Jq, rounds.expert_A[places_Jq] % experts_per_device, experts_per_device)
-    arriving_J = lax.all_to_all(sent_J, "expert", 0, 0, tiled=True)
-    return Travel(exchange, places_Jq, own_Jq, sent_J, arriving_J, padded(expert_Jq, sent_J, "expert").reshape(-1, 1))
-
-
-def _gathered(p: Params, dtype) -> Params:
-    return {name: lax.all_gather(w.astype(dtype), "fsdp", axis=FSDP_AXIS[name], tiled=True) for name, w in p.items()}
-
-
-def _local(
-    exchange: Exchange, E: int, J: int, p: Params, x_BTD: Array, weights_BTK: Array, experts_BTK: Array
-) -> Array:
+def _local(spread: _Spread, p: Params, x_BTD: Array, weights_BTK: Array, experts_BTK: Array) -> Array:
     """The same for the tokens of one device and its part of the experts' weights."""
     D, K = x_BTD.shape[-1], experts_BTK.shape[-1]
     x_MD, weights_MK, experts_MK = x_BTD.reshape(-1, D), weights_BTK.reshape(-1, K), experts_BTK.reshape(-1, K)
-    y_MD = _experts(exchange, E, J, p, x_MD, weights_MK, experts_MK)
+    y_MD = _experts(spread, p, x_MD, weights_MK, experts_MK)
     return lax.psum(y_MD, "tensor").astype(x_BTD.dtype).reshape(x_BTD.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _experts(exchange: Exchange, E: int, J: int, p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(spread: _Spread, p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
     """y [M, D] in f32: with "tensor", the part of it that this device's slice of F gives."""
-    (M, K), D, dtype = experts_MK.shape, x_MD.shape[1], x_MD.dtype
-    w, rounds = _gathered(p, dtype), _rounds(experts_MK, E, J)
-    token_A = rounds.order.order_A // K
+    w = spread.gathered(p, x_MD.dtype)
+    y_cMD = lax.map(lambda chunk: _forward_chunk(spread, w, *chunk), _chunks(x_MD, weights_MK, experts_MK))
+    return y_cMD.reshape(x_MD.shape)
+
+
+def _chunks(*tokens: Array) -> list[Array]:
+    """Arrays of M tokens in the fewest equal chunks of at most TOKENS_AT_ONCE."""
+    M = len(tokens[0])
+    n = next(n for n in range(-(-M // TOKENS_AT_ONCE), M + 1) if M % n == 0)
+    return [a.reshape(n, M // n, *a.shape[1:]) for a in tokens]
+
+
+def _forward_chunk(spread: _Spread, w: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
+    (M, K), D, dtype, e = experts_MK.shape, x_MD.shape[1], x_MD.dtype, len(w["gate"])
+    order, everyones, R, n_rounds = spread.plan(experts_MK, e * lax.axis_size("expert"))
+    x_AD = jax.tree.map(lambda x: x[order.order_A // K], spread.packed(x_MD))
 
     def one(r: Array, y_AD: Array) -> Array:
-        travel = _travel(exchange, rounds, r, E // J)
-        x_RD = travel.there(x_MD[token_A[travel.places_Jq]])
-        y_RD, _ = FASTEST.forward(w, x_RD, jnp.ones(travel.experts_R1.shape, jnp.float32), travel.experts_R1)
-        return travel.back(y_AD, y_RD)
+        journey = spread.way.begin(everyones, R, r)
+        x_RD = spread.arrived(journey, x_AD, e, dtype)
+        y_RD, _ = spread.path.forward(w, x_RD, jnp.ones((R, 1), jnp.float32), journey.experts_R[:, None])
+        return journey.back(y_RD, y_AD)
 
-    y_AD = lax.fori_loop(0, rounds.count, one, jnp.zeros((M * K, D), dtype))
-    return combine(y_AD[rounds.order.inverse_MK], weights_MK)
-
-
-def _forward(exchange: Exchange, E: int, J: int, p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array):
-    return _experts(exchange, E, J, p, x_MD, weights_MK, experts_MK), (p, x_MD, weights_MK, experts_MK)
+    y_AD = lax.fori_loop(0, n_rounds, one, jnp.zeros((M * K, D), dtype))
+    return combine(y_AD[order.inverse_MK], weights_MK)
 
 
-def _backward(exchange: Exchange, E: int, J: int, residuals, dy_MD: Array):
+def _forward(spread: _Spread, p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array):
+    return _experts(spread, p, x_MD, weights_MK, experts_MK), (p, x_MD, weights_MK, experts_MK)
+
+
+def _backward(spread: _Spread, residuals, dy_MD: Array):
     p, x_MD, weights_MK, experts_MK = residuals
-    (M, K), D, dtype = experts_MK.shape, x_MD.shape[1], x_MD.dtype
-    w, rounds, dy_MD = _gathered(p, dtype), _rounds(experts_MK, E, J), dy_MD.astype(dtype)
-    token_A, weight_A1 = rounds.order.order_A // K, weights_MK.reshape(-1, 1)[rounds.order.order_A]
+    w = spread.gathered(p, x_MD.dtype)
+
+    def chunk(dw: Params, tokens: list[Array]):
+        dw, dx_MD, dweights_MK = _backward_chunk(spread, w, dw, *tokens)
+        return dw, (dx_MD, dweights_MK)
+
+    nothing = {name: jnp.zeros(w[name].shape, jnp.float32) for name in w}
+    tokens = _chunks(x_MD, weights_MK, experts_MK, dy_MD.astype(x_MD.dtype))
+    dw, (dx_cMD, dweights_cMK) = lax.scan(chunk, nothing, tokens)
+    return spread.scattered(dw, p), dx_cMD.reshape(x_MD.shape), dweights_cMK.reshape(weights_MK.shape), None
+
+
+def _backward_chunk(
+    spread: _Spread, w: Params, dw: Params, x_MD: Array, weights_MK: Array, experts_MK: Array, dy_MD: Array
+) -> tuple[Params, Array, Array]:
+    """dw with what these tokens add to it, and the gradients of x and weights."""
+    (M, K), D, dtype, e = experts_MK.shape, x_MD.shape[1], x_MD.dtype, len(w["gate"])
+    order, everyones, R, n_rounds = spread.plan(experts_MK, e * lax.axis_size("expert"))
+    x_AD, dy_AD = jax.tree.map(lambda x: x[order.order_A // K], (spread.packed(x_MD), spread.packed(dy_MD)))
+    weight_A1 = weights_MK.reshape(-1, 1)[order.order_A]
 
     def one(r: Array, total):
         dx_AD, dweight_A1, dw = total
-        travel = _travel(exchange, rounds, r, E // J)
-        token_Jq = token_A[travel.places_Jq]
-        x_RD, dy_RD = travel.there(x_MD[token_Jq]), travel.there(dy_MD[token_Jq])
-        weight_R1 = travel.there(weight_A1[travel.places_Jq])
-        _, hidden = FASTEST.forward(w, x_RD, weight_R1, travel.experts_R1)
-        new, dx_RD, dweight_R1 = FASTEST.backward(w, x_RD, weight_R1, hidden, dy_RD)
-        return travel.back(dx_AD, dx_RD), travel.back(dweight_A1, dweight_R1), jax.tree.map(jnp.add, dw, new)
+        journey = spread.way.begin(everyones, R, r)
+        x_RD, dy_RD, weight_R1 = (spread.arrived(journey, rows, e, dtype) for rows in (x_AD, dy_AD, weight_A1))
+        _, hidden = spread.path.forward(w, x_RD, weight_R1, journey.experts_R[:, None])
+        new, dx_RD, dweight_R1 = spread.path.backward(w, x_RD, weight_R1, hidden, dy_RD)
+        return journey.back(dx_RD, dx_AD), journey.back(dweight_R1, dweight_A1), jax.tree.map(jnp.add, dw, new)
 
-    nothing = (
-        jnp.zeros((M * K, D), dtype),
-        jnp.zeros((M * K, 1), jnp.float32),
-        {name: jnp.zeros(w[name].shape, jnp.float32) for name in w},
-    )
-    dx_AD, dweight_A1, dw = lax.fori_loop(0, rounds.count, one, nothing)
-    dp = {name: _scattered(dw[name], FSDP_AXIS[name]).astype(p[name].dtype) for name in p}
-    return dp, sum_copies(dx_AD, rounds.order).astype(dtype), dweight_A1[rounds.order.inverse_MK, 0], None
-
-
-def _scattered(dw: Array, axis: int) -> Array:
-    return lax.psum_scatter(dw, "fsdp", scatter_dimension=axis, tiled=True)
+    start = jnp.zeros((M * K, D), dtype), jnp.zeros((M * K, 1), jnp.float32), dw
+    dx_AD, dweight_A1, dw = lax.fori_loop(0, n_rounds, one, start)
+    return dw, sum_copies(dx_AD, order).astype(dtype), dweight_A1[order.inverse_MK, 0]
 
 
 _experts.defvjp(_forward, _backward)

@@ -1,8 +1,9 @@
 """Embedding rows from a table that no device holds whole.
 
-The table [V, D] lies split over "fsdp" and "expert" along D and over "tensor" along V. Devices share their token ids,
-which are small; each looks up its slice of D for the tokens of all, and one exchange gives every device the whole rows
-of its own tokens. Backward, the exchange runs the other way and every device adds up the gradient of its slice, in f32.
+The table [V, D] lies split over "fsdp", "context" and "expert" (or some of them) along D and over "tensor" along V.
+Devices share their token ids, which are small; each looks up its slice of D for the tokens of all, and one exchange
+gives every device the whole rows of its own tokens. Backward, the exchange runs the other way and every device adds up
+the gradient of its slice, in f32.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from jax.sharding import Mesh, PartitionSpec
 
 from kimi_jax.dims import VOCAB, Array
 from kimi_jax.sharding.mesh import TOKENS
-from kimi_jax.sharding.rules import TRAIN
-
-SPLIT_D = TRAIN["embed"]
-TABLE = PartitionSpec(TRAIN[VOCAB], SPLIT_D)
+from kimi_jax.sharding.rules import TRAIN, split
 
 
 def parallel_lookup(mesh: Mesh) -> Callable[[Array, Array, Any], Array]:
     """What takes the place of ``model.lookup`` on ``mesh``."""
 
     def lookup(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
+        over_D = split(table_VD.shape[1], TRAIN["embed"], mesh)
+        table = PartitionSpec(TRAIN[VOCAB], over_D)
+
         def local(table_VD: Array, tokens_BT: Array) -> Array:
-            everyones_JM = lax.all_gather(tokens_BT.reshape(-1), SPLIT_D)
+            everyones_JM = lax.all_gather(tokens_BT.reshape(-1), over_D)
             row_JM = everyones_JM - lax.axis_index("tensor") * table_VD.shape[0]
             here_JM = (row_JM >= 0) & (row_JM < table_VD.shape[0])
             rows_JMD = jnp.where(here_JM[..., None], table_VD[jnp.where(here_JM, row_JM, 0)], 0).astype(dtype)
-            slices_JMD = lax.all_to_all(lax.psum(rows_JMD, "tensor"), SPLIT_D, 0, 0)
+            slices_JMD = lax.all_to_all(lax.psum(rows_JMD, "tensor"), over_D, 0, 0)
             return jnp.moveaxis(slices_JMD, 0, 1).reshape(*tokens_BT.shape, -1)
 
-        spread = jax.shard_map(local, mesh=mesh, in_specs=(TABLE, TOKENS), out_specs=TOKENS, check_vma=False)
+        spread = jax.shard_map(local, mesh=mesh, in_specs=(table, TOKENS), out_specs=TOKENS, check_vma=False)
         return spread(table_VD, tokens_BT)
 
     return lookup

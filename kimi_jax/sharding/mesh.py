@@ -20,7 +20,7 @@ class MeshConfig:
 
     ``data``: whole copies of the model, over slices by the data-centre network. ``fsdp``: parameters and optimizer
     state split, gathered when used. ``expert``: each device holds some experts whole, and tokens travel. ``tensor``:
-    heads and hidden units split. ``context``: sequences split.
+    heads and hidden units split. ``context``: sequences split, and parameters as by ``fsdp``.
     """
 
     data: int = 0
@@ -37,6 +37,7 @@ class MeshConfig:
 
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 BATCH = ("data", "fsdp", "expert")  # the axes over which the sequences of a batch are split
+GATHERED = ("fsdp", "context")  # the axes that split weights which are gathered where they are used
 TOKENS = PartitionSpec(BATCH, "context")  # of everything that is [B, T, ...]
 
 
@@ -53,10 +54,12 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any]) -> Mesh:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     shape = tuple(sizes.values())
     if slices == 1:
-        arranged = mesh_utils.create_device_mesh(shape, devices)
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif sizes["data"] % slices:
         raise UserError(f"mesh.data = {sizes['data']} does not divide over {slices} slices")
     else:
         inner = (sizes["data"] // slices, *shape[1:])
-        arranged = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1, 1), devices)
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -6,33 +6,49 @@ Layers name logical axes; nothing but this file says which of them a mesh splits
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kimi_jax.dims import EXPERTS, HEADS, VOCAB, ParamSpec, Specs, is_spec
+from kimi_jax.dims import EXPERTS, HEADS, LAYERS, VOCAB, ParamSpec, Specs, is_spec
 from kimi_jax.errors import UserError
+from kimi_jax.sharding.mesh import GATHERED
 
 Rules = Mapping[str, tuple[str, ...]]  # logical axis -> mesh axes that split it; what is not here is whole everywhere
 
-TRAIN: Rules = {  # an axis takes what no axis before it in this table has taken
+TRAIN: Rules = {  # a mesh axis goes to the first in this table that asks for it
     EXPERTS: ("expert",),
     HEADS: ("tensor",),
     "mlp": ("tensor",),
     "expert_mlp": ("tensor",),
     VOCAB: ("tensor",),
-    "embed": ("fsdp", "expert"),
-    "q_lora": ("fsdp", "expert"),
-    "kv_lora": ("fsdp", "expert"),
+    "embed": (*GATHERED, "expert"),
+    "q_lora": (*GATHERED, "expert"),
+    "kv_lora": (*GATHERED, "expert"),
 }
 SERVE: Rules = {EXPERTS: ("expert",)}
 
 
+def split(size: int, axes: Sequence[str], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Which of the mesh axes ``axes`` split a dimension of ``size``: all, unless that would be all devices of the mesh.
+
+    XLA:TPU turns what is gathered from every device of a slice, or scattered to it, into a reduction of twice the
+    bytes; so the largest of the axes is taken alone there.
+    """
+    if len(axes) < 2 or _devices(mesh, axes) < mesh.size:
+        return tuple(axes)
+    return (max(axes, key=lambda axis: (size % mesh.shape[axis] == 0, mesh.shape[axis])),)
+
+
+def _devices(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def partition(spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: Rules, name: str = "parameter") -> PartitionSpec:
     """How ``mesh`` splits one parameter. An axis that is absent or of size 1 splits nothing; a vector stays whole."""
-    n_stacks = sum(axis in ("layers", EXPERTS) for axis in spec.axes)
+    n_stacks = sum(axis in (LAYERS, EXPERTS) for axis in spec.axes)
     if len(spec.axes) - n_stacks < 2:
         return PartitionSpec(*(None,) * len(spec.axes))
     found: list[Any] = [None] * len(spec.axes)
@@ -40,15 +56,15 @@ def partition(spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: Rules, name: st
     order = [axis for axis in rules if axis in spec.axes]
     for logical in order:
         i = spec.axes.index(logical)
-        taken = tuple(axis for axis in rules[logical] if axis in free)
-        n = math.prod(mesh.shape[axis] for axis in taken)
+        taken = split(spec.shape[i], [axis for axis in rules[logical] if axis in free], mesh)
+        n = _devices(mesh, taken)
         if spec.shape[i] % n:
             fits = [d for d in range(1, n + 1) if spec.shape[i] % d == 0 and n % d == 0]
             raise UserError(
                 f"{name}: {spec.shape[i]} {logical} do not divide over {n} devices (mesh {' x '.join(taken)}); "
                 f"a product of {' or '.join(map(str, fits))} would"
             )
-        free -= set(taken)
+        free -= set(rules[logical])
         found[i] = taken if len(taken) > 1 else taken[0] if taken else None
     return PartitionSpec(*found)
 

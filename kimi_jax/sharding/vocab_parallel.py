@@ -2,9 +2,10 @@
 
     loss = sum_t weight_t (log sum_v exp(z_tv) - z_t,target),    z = x W_head
 
-W_head [D, V] lies split over "fsdp" and "expert" along D and over "tensor" along V. Each device takes its own tokens
-through the vocabulary chunk by chunk: a chunk of the head is gathered along D, its logits raise the running maximum and
-sum. A second pass forms the logits again, and the gradients of ``x`` and of the chunk, reduced to where it lies.
+W_head [D, V] lies split over "fsdp", "context" and "expert" (or some of them) along D and over "tensor" along V. Each
+device takes its own tokens through the vocabulary chunk by chunk: a chunk of the head is gathered along D, its logits
+raise the running maximum and sum. A second pass forms the logits again, and the gradients of ``x`` and of the chunk,
+reduced to where it lies.
 Neither the head nor the logits are ever whole anywhere; the price is a fourth product to the usual three.
 """
 
@@ -21,24 +22,32 @@ from jax.sharding import Mesh, PartitionSpec
 from kimi_jax.dims import VOCAB, Array
 from kimi_jax.layers.linear import product, weight_gradient
 from kimi_jax.sharding.mesh import BATCH, TOKENS
-from kimi_jax.sharding.rules import TRAIN
+from kimi_jax.sharding.rules import TRAIN, split
 
-SPLIT_D = TRAIN["embed"]
-HEAD, WHOLE = PartitionSpec(SPLIT_D, TRAIN[VOCAB]), PartitionSpec()
+Axes = tuple[str, ...]
+
+WHOLE = PartitionSpec()
 CHUNK_ELEMENTS = 2**25  # logits held at once, at most
 
 
 def vocab_parallel(mesh: Mesh) -> Callable[[Array, Array, Array, Array], Array]:
     """What takes the place of ``training.loss.cross_entropy`` on ``mesh``."""
-    spread = partial(jax.shard_map, mesh=mesh, in_specs=(TOKENS, HEAD, TOKENS, TOKENS), check_vma=False)
-    loss = spread(lambda *args: _loss(*args)[0], out_specs=WHOLE)
-    loss_and_gradients = spread(_loss_and_gradients, out_specs=(WHOLE, TOKENS, HEAD))
+
+    def spread(f: Callable, head_DV: Array, out_specs: Callable) -> Callable:
+        over_D = split(head_DV.shape[0], TRAIN["embed"], mesh)
+        head = PartitionSpec(over_D, TRAIN[VOCAB])
+        in_specs = (TOKENS, head, TOKENS, TOKENS)
+        return jax.shard_map(
+            partial(f, over_D), mesh=mesh, in_specs=in_specs, out_specs=out_specs(head), check_vma=False
+        )
 
     @jax.custom_vjp
     def cross_entropy(x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array) -> Array:
+        loss = spread(lambda *args: _loss(*args)[0], head_DV, lambda head: WHOLE)
         return loss(x_BTD, head_DV, targets_BT, weights_BT)
 
     def forward(x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array):
+        loss_and_gradients = spread(_loss_and_gradients, head_DV, lambda head: (WHOLE, TOKENS, head))
         total, dx_BTD, dhead_DV = loss_and_gradients(x_BTD, head_DV, targets_BT, weights_BT)
         return total, (dx_BTD, dhead_DV)
 
@@ -54,22 +63,22 @@ def _chunks(n_tokens: int, V: int) -> int:
     return next(n for n in range(1, V + 1) if V % n == 0 and (n_tokens * V // n <= CHUNK_ELEMENTS or n == V))
 
 
-def _logits(x_MD: Array, head_DV: Array, chunk: Array, n: int) -> tuple[Array, Array, Array]:
+def _logits(over_D: Axes, x_MD: Array, head_DV: Array, chunk: Array, n: int) -> tuple[Array, Array, Array]:
     """The logits of one chunk of this device's vocabulary, the head's chunk, and the first word of it."""
     V = head_DV.shape[1]
     part = lax.dynamic_slice_in_dim(head_DV, chunk * (V // n), V // n, axis=1).astype(x_MD.dtype)
-    whole_DV = lax.all_gather(part, SPLIT_D, axis=0, tiled=True)
+    whole_DV = lax.all_gather(part, over_D, axis=0, tiled=True)
     return product("MD,DV->MV", x_MD, whole_DV), whole_DV, lax.axis_index("tensor") * V + chunk * (V // n)
 
 
-def _loss(x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array) -> tuple[Array, Array]:
+def _loss(over_D: Axes, x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array) -> tuple[Array, Array]:
     """The loss of all tokens, and log sum exp of this device's own."""
     x_MD, targets_M, weights_M = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
     n = _chunks(targets_M.size, head_DV.shape[1])
 
     def step(running, chunk: Array):
         max_M, sum_M, target_M = running
-        logits_MV, _, first = _logits(x_MD, head_DV, chunk, n)
+        logits_MV, _, first = _logits(over_D, x_MD, head_DV, chunk, n)
         new_max_M = jnp.maximum(max_M, jnp.max(logits_MV, axis=1))
         sum_M = sum_M * jnp.exp(max_M - new_max_M) + jnp.sum(jnp.exp(logits_MV - new_max_M[:, None]), axis=1)
         column_M = targets_M - first
@@ -85,21 +94,22 @@ def _loss(x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array) ->
     return lax.psum(jnp.sum(jnp.where(weights_M > 0, each_M, 0)), (*BATCH, "context")), lse_M
 
 
-def _loss_and_gradients(x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array):
-    total, lse_M = _loss(x_BTD, head_DV, targets_BT, weights_BT)
+def _loss_and_gradients(over_D: Axes, x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array):
+    total, lse_M = _loss(over_D, x_BTD, head_DV, targets_BT, weights_BT)
     x_MD, targets_M, weights_M1 = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1, 1)
     n = _chunks(targets_M.size, head_DV.shape[1])
 
     def step(dx_MD: Array, chunk: Array):
-        logits_MV, whole_DV, first = _logits(x_MD, head_DV, chunk, n)
+        logits_MV, whole_DV, first = _logits(over_D, x_MD, head_DV, chunk, n)
         hit_MV = first + jnp.arange(logits_MV.shape[1]) == targets_M[:, None]
         dlogits_MV = weights_M1 * (jnp.exp(logits_MV - lse_M[:, None]) - hit_MV)
         dlogits_MV = jnp.where(weights_M1 > 0, dlogits_MV, 0).astype(x_MD.dtype)
         dhead_DV = weight_gradient("MD,MV->DV", x_MD, dlogits_MV)
-        dhead_DV = lax.psum_scatter(dhead_DV, SPLIT_D, scatter_dimension=0, tiled=True)
+        dhead_DV = lax.psum_scatter(dhead_DV, over_D, scatter_dimension=0, tiled=True)
         return dx_MD + product("MV,DV->MD", dlogits_MV, whole_DV), dhead_DV
 
     dx_MD, dhead_nDV = lax.scan(step, jnp.zeros(x_MD.shape, jnp.float32), jnp.arange(n))
     dx_BTD = lax.psum(dx_MD, "tensor").astype(x_BTD.dtype).reshape(x_BTD.shape)
     dhead_DV = jnp.moveaxis(dhead_nDV, 0, 1).reshape(head_DV.shape)
-    return total, dx_BTD, lax.psum(dhead_DV, ("data", "context")).astype(head_DV.dtype)
+    others = tuple(axis for axis in (*BATCH, "context") if axis not in over_D)
+    return total, dx_BTD, lax.psum(dhead_DV, others).astype(head_DV.dtype)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from kimi_jax.config import ModelConfig, from_dict
 from kimi_jax.data.pipeline import DataConfig
 from kimi_jax.errors import UserError
+from kimi_jax.pods.config import PodsConfig
 from kimi_jax.sharding.mesh import MeshConfig
 
 
@@ -25,6 +26,7 @@ class OptimizerConfig:
     learning_rate: float = 2e-4
     weight_decay: float = 0.1
     momentum: float = 0.95
+    momentum_dtype: str | None = None  # as it is kept; None: that of the parameters
     nesterov: bool = True
     ns_steps: int = 5
     ns_dtype: str = "bfloat16"
@@ -37,6 +39,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.name not in ("muon_clip", "adamw"):
             raise UserError(f"optimizer.name must be muon_clip or adamw, not {self.name!r}")
+        if self.momentum_dtype not in (None, "bfloat16", "float32"):
+            raise UserError(f"optimizer.momentum_dtype must be bfloat16 or float32, not {self.momentum_dtype!r}")
         if self.ns_dtype not in ("bfloat16", "float32"):
             raise UserError(f"optimizer.ns_dtype must be bfloat16 or float32, not {self.ns_dtype!r}")
 
@@ -60,12 +64,14 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     mesh: MeshConfig = MeshConfig()
+    pods: PodsConfig = PodsConfig()
     init_from: str | None = None  # weights to start from: whatever kimi_jax.load reads; None draws new ones
     seed: int = 0
     steps: int = 1000
     batch_size: int = 8  # sequences per optimizer step, over all devices and microbatches
     seq_len: int = 512
     accumulation: int = 1  # microbatches per optimizer step
+    dispatch: str = "exact"  # how tokens travel to the experts: as they are, or in "fp8", at half the bytes
     balance_loss_weight: float = 1e-3
     bias_update_rate: float = 1e-3
     eval_every: int = 500
@@ -83,6 +89,8 @@ class TrainConfig:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.batch_size % self.accumulation:
             raise UserError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}")
+        if self.dispatch not in ("exact", "fp8"):
+            raise UserError(f"dispatch must be exact or fp8, not {self.dispatch!r}")
         if self.nonfinite not in ("stop", "skip"):
             raise UserError(f"nonfinite must be stop or skip, not {self.nonfinite!r}")
         if self.seq_len > self.model.max_position_embeddings:

@@ -1,7 +1,8 @@
 """The training run: set up or resume, step, report, evaluate, save, and finish with curves and a sample.
 
 What is on disk is the state after some step, and a batch is a function of (seed, step); so a run that was stopped at
-any moment and started again gives the losses it would have given, bit for bit.
+any moment and started again gives the losses it would have given, bit for bit. On several processes each loads the
+rows that its devices hold, process 0 reports, and all stop after the same step.
 """
 
 from __future__ import annotations
@@ -9,116 +10,154 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from kimi_jax.checkpoint.manager import Checkpoints
 from kimi_jax.data import tokenizer as tokenizers
 from kimi_jax.data.ngram import order2_bits_per_byte
 from kimi_jax.data.packing import Batch
 from kimi_jax.data.pipeline import EvalData, TrainData, split_bytes
-from kimi_jax.dims import Params
+from kimi_jax.dims import Array, Params
 from kimi_jax.errors import UserError
 from kimi_jax.flops import peak_flops, training_flops_per_token
 from kimi_jax.host_memory import keep_freed_memory
 from kimi_jax.inference.decode import generate
 from kimi_jax.loading import load_params
 from kimi_jax.model import in_compute_dtype
+from kimi_jax.pods.rows import Rows
+from kimi_jax.pods.session import Session
+from kimi_jax.pods.signals import Signals
+from kimi_jax.pods.total import Total
+from kimi_jax.pods.trace import Tracer
 from kimi_jax.training import metrics
 from kimi_jax.training.config import TrainConfig
 from kimi_jax.training.placement import lowered_step, placement, shapes
 from kimi_jax.training.step import Metrics, TrainState, eval_step, init_state
 
 
+class Unreported(NamedTuple):
+    """A step under way: its number, and what is known of it when it has ended."""
+
+    step: int
+    found: Metrics
+    counted: np.ndarray | Array  # weight and bytes of its batch, and how many processes were asked to stop
+
+
 class Run:
     """One training run in ``workdir``, resumed if it was begun before."""
 
-    def __init__(self, cfg: TrainConfig, workdir: Path):
-        self.cfg, self.workdir = cfg, workdir
+    def __init__(self, cfg: TrainConfig, workdir: Path, session: Session | None = None):
+        self.cfg, self.workdir, self._session = cfg, workdir, session or Session("kimi_jax", cfg.pods)
+        self._reports = jax.process_index() == 0
         self.tokenizer = tokenizers.load(cfg.data.tokenizer)
         _check_fit(cfg, self.tokenizer.vocab_size)
         self._place = placement(cfg, jax.devices())
         sizes = dict(batch_size=cfg.batch_size, seq_len=cfg.seq_len)
+        self._rows = Rows(self._place.rows, (cfg.batch_size, cfg.seq_len))
+        self._total = Total(self._place.mesh)
         self._train_data = TrainData(cfg.data, self.tokenizer, seed=cfg.seed, **sizes)
         self._eval_data = EvalData(cfg.data, self.tokenizer, max_batches=cfg.eval_batches, **sizes)
         _make_writable(workdir)
         self._checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
-        self.step = self._checkpoints.latest() or 0
-        self._terminated = False
+        self.step = int(broadcast_one_to_all(self._checkpoints.latest() or 0))  # a folder may look older elsewhere
+        self._agreed_to_stop = False
         self._skipped = 0
+        self._signals = Signals()
 
     def train(self) -> None:
-        """Trains up to ``cfg.steps``. SIGTERM ends it after the step under way, with the state saved."""
-        cfg = self.cfg
+        """Trains up to ``cfg.steps``. SIGTERM to any process ends it on all after the same step, with the state saved.
+
+        A single process stops after the step under way; several, which have to agree, one or two steps later.
+        """
+        with self._signals:
+            self._train()
+        if self._must_stop:
+            self._say(f"SIGTERM: saved after step {self.step}; the same command resumes there")
+        else:
+            self._finish()
+
+    def _train(self) -> None:
+        cfg, session, signals = self.cfg, self._session, self._signals
         step_fn = self._begin()
-        metrics.keep_until(self.workdir / metrics.FILE, self.step)
-        self._writer = metrics.Writer(self.workdir, cfg.steps, self.step, cfg.log_every)
-        self._clock = metrics.Clock()
-        self._peak: float | None = None
         self._eval_fn = jax.jit(partial(eval_step, cfg, ops=self._place.ops))
-        batches = self._train_data.iter(self.step, jax.process_index(), jax.process_count())
-        before = signal.signal(signal.SIGTERM, self._on_sigterm)
-        unreported: tuple[int, Batch, Metrics] | None = None
+        batches = self._train_data.iter_rows(self.step, self._rows.loaded)
+        tracer = Tracer(cfg.pods, self.workdir / "traces", signals)
+        self._peak: float | None = None
+        self._writer = self._open_writer() if self._reports else None
+        self._clock = metrics.Clock()
+        unreported: Unreported | None = None
         saved = self.step
         try:
-            while self.step < cfg.steps and not self._terminated:
+            while self.step < cfg.steps and not self._must_stop:
+                session.step(self.step + 1)
+                tracer.before(self.step + 1)
                 batch = next(batches)
                 self.state, found = step_fn(self.state, self._to_devices(batch))
                 self.step += 1
                 if unreported:  # while this step runs, report the one before
-                    self._report(*unreported)
-                unreported = (self.step, batch, found)
-                if self._due(cfg.eval_every) or self._due(cfg.checkpoint_every) or self._terminated:
-                    self._report(*unreported)
+                    self._report(unreported)
+                unreported = Unreported(self.step, found, self._total(*self._count(batch), signals.stop))
+                if self._due(cfg.eval_every) or self._due(cfg.checkpoint_every) or self._must_stop:
+                    self._report(unreported)
                     unreported = None
                 if self._due(cfg.eval_every):
                     self.evaluate()
                 if self._due(cfg.checkpoint_every):
                     self._save()
                     saved = self.step
+                if said := tracer.after(found):
+                    self._say(said)
             if unreported:
-                self._report(*unreported)
+                self._report(unreported)
+            session.rest()
             if saved != self.step:
                 self._save()
             self._checkpoints.wait()
         finally:
-            signal.signal(signal.SIGTERM, before)
-            self._writer.close()
+            tracer.close()
+            if self._writer:
+                self._writer.close()
             self._checkpoints.close()
-        if self._terminated:
-            print(f"SIGTERM: saved after step {self.step}; the same command resumes there", flush=True)
-        else:
-            self._finish()
 
     def evaluate(self) -> dict[str, Any]:
         """Bits per byte and loss per token on the held-out split."""
-        nats = weight = n_bytes = 0.0
-        for batch in self._eval_data.iter(jax.process_index(), jax.process_count()):
+        nats = 0.0
+        count = np.zeros(2)
+        for i in range(len(self._eval_data)):
+            batch = self._eval_data.rows(i, self._rows.loaded)
             nats += float(self._eval_fn(self.state.params, self._to_devices(batch)))
-            weight += float(batch.weights.sum())
-            n_bytes += self._bytes(batch)
+            count += self._count(batch)
+        weight, n_bytes = np.asarray(self._total(*count)).tolist()
         record = {"step": self.step, "loss": nats / weight, "bits_per_byte": nats / math.log(2) / n_bytes}
-        self._writer.eval(record)
+        if self._writer:
+            self._writer.eval(record)
         self._clock.lap()
         return record
+
+    @property
+    def _must_stop(self) -> bool:
+        """The same on all processes at the same step, if each asks once a step."""
+        return self._signals.stop if jax.process_count() == 1 else self._agreed_to_stop
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.cfg.steps
 
     def _begin(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """Restores the state, or draws it while the step is compiled; returns the compiled step."""
+        self._session.at("the compilation")
         if self.step:
             state, _ = shapes(self.cfg, self._place)
             self.state, _ = self._checkpoints.restore(self.step, state)
-            print(f"resuming {self.workdir} after step {self.step}", flush=True)
+            self._say(f"resuming {self.workdir} after step {self.step}")
             return lowered_step(self.cfg, self._place).compile()
         init = jax.jit(partial(init_state, self.cfg), out_shardings=self._place.state)
         weights = self._given_weights()
@@ -132,30 +171,43 @@ class Run:
         path, model = self.cfg.init_from, self.cfg.model
         if path is None:
             return None
-        print(f"starting from the weights of {path}", flush=True)
+        self._say(f"starting from the weights of {path}")
         return load_params(path, model, self._place.state.params)
 
     def _save(self) -> None:
         config = dataclasses.asdict(self.cfg)
         self._checkpoints.save(self.step, self.state, {"config": config, "data": {"next_step": self.step}})
 
-    def _report(self, step: int, batch: Batch, found: Metrics) -> None:
-        cfg, found = self.cfg, Metrics(*jax.device_get(found))
+    def _open_writer(self) -> metrics.Writer:
+        metrics.keep_until(self.workdir / metrics.FILE, self.step)
+        return metrics.Writer(self.workdir, self.cfg.steps, self.step, self.cfg.log_every)
+
+    def _say(self, line: str) -> None:
+        if self._reports:
+            print(line, flush=True)
+
+    def _report(self, ended: Unreported) -> None:
+        """Waits for the end of a step, and writes what it found."""
+        cfg, step, found = self.cfg, ended.step, Metrics(*jax.device_get(ended.found))
+        weight, n_bytes, stopping = np.asarray(ended.counted).tolist()
+        self._agreed_to_stop |= bool(stopping)
         if not found.finite:
             self._not_finite(step, found)
+        if not self._writer:
+            return
         if self._peak is None:
             self._peak = peak_flops()
         seconds = self._clock.lap()
         tokens = cfg.tokens_per_step
         flops = training_flops_per_token(cfg.model, cfg.seq_len) * tokens / seconds
         tau = cfg.optimizer.tau or math.inf
-        nats = float(found.loss) * float(batch.weights.sum())
+        nats = float(found.loss) * weight
         self._writer.train(
             {
                 "step": step,
                 "tokens": step * tokens,
                 "loss": float(found.loss),
-                "bits_per_byte": nats / math.log(2) / max(self._bytes(batch), 1),
+                "bits_per_byte": nats / math.log(2) / max(n_bytes, 1),
                 "balance_loss": float(found.balance_loss),
                 "learning_rate": float(found.learning_rate),
                 "grad_norm": float(found.grad_norm),
@@ -176,7 +228,8 @@ class Run:
         self._skipped += 1
         what = f"loss {float(found.loss)} and gradient norm {float(found.grad_norm)} at step {step}"
         if self.cfg.nonfinite == "skip":
-            self._writer.say(f"{what}: step skipped")
+            if self._writer:
+                self._writer.say(f"{what}: step skipped")
             return
         good = self._checkpoints.latest()
         last = f"the last good checkpoint is step {good}" if good is not None else "no checkpoint was saved before it"
@@ -186,6 +239,8 @@ class Run:
         )
 
     def _finish(self) -> None:
+        if not self._reports:
+            return
         print(f"curves: {metrics.plot(self.workdir, self.cfg.optimizer.tau)}")
         held_out = metrics.read(self.workdir / metrics.FILE, "eval")[-1]["bits_per_byte"]
         train, held = (split_bytes(self.cfg.data, which) for which in ("train", "eval"))
@@ -193,6 +248,8 @@ class Run:
         print(f"held-out bits per byte: {held_out:.4f}; an order-2 byte model of the same text: {baseline:.4f}")
         if jax.process_count() == 1:  # generates on one device, with all the weights there
             print(f"sample:\n{self._sample()}", flush=True)
+        else:
+            print(f"for a sample: python -m kimi_jax.generate --checkpoint {self.workdir} --prompt '...'", flush=True)
 
     def _sample(self) -> str:
         cfg = self.cfg
@@ -203,15 +260,13 @@ class Run:
         ids = [int(token_B[0]) for token_B in tokens]
         return self.tokenizer.decode(prompt + [i for i in ids if i < self.tokenizer.vocab_size])
 
-    def _to_devices(self, batch: Batch) -> Batch:
-        return jax.tree.map(partial(jax.make_array_from_process_local_data, self._place.rows), batch)
+    def _to_devices(self, local: Batch) -> Batch:
+        return jax.tree.map(self._rows.place, local)
 
-    def _bytes(self, batch: Batch) -> float:
-        """Bytes of text that the weighted targets stand for."""
-        return float(self.tokenizer.token_bytes_V[batch.targets[batch.weights > 0]].sum())
-
-    def _on_sigterm(self, *_) -> None:
-        self._terminated = True
+    def _count(self, local: Batch) -> tuple[float, float]:
+        """Weight and bytes of text of the weighted targets, of the rows that count here."""
+        weights, targets = local.weights[self._rows.owned], local.targets[self._rows.owned]
+        return float(weights.sum()), float(self.tokenizer.token_bytes_V[targets[weights > 0]].sum())
 
 
 def _check_fit(cfg: TrainConfig, vocab_size: int) -> None:
@@ -225,25 +280,28 @@ def _check_fit(cfg: TrainConfig, vocab_size: int) -> None:
 def _make_writable(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
+        probe = workdir / f".writable-{jax.process_index()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}") from error
 
 
-def train(cfg: TrainConfig, workdir: Path) -> None:
+def train(cfg: TrainConfig, workdir: Path, session: Session | None = None) -> None:
     """Trains ``cfg`` in ``workdir``, or says that there is nothing left to do.
 
-    Compiled programs are kept in the user's cache folder, so that the next start of the same run is quick.
+    Compiled programs are kept, so that the next start of the same run is quick: in the user's cache folder, and of
+    several processes, of which process 0 alone keeps them, in the workdir.
     """
     if jax.config.jax_compilation_cache_dir is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "kimi_jax"))
+        folder = workdir / "compiled" if jax.process_count() > 1 else caches / "kimi_jax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    run = Run(cfg, workdir)
+    run = Run(cfg, workdir, session)
     if run.step >= cfg.steps:
-        print(f"{workdir} is already at step {run.step} of {cfg.steps}; raise steps to train on", file=sys.stderr)
+        if jax.process_index() == 0:
+            print(f"{workdir} is already at step {run.step} of {cfg.steps}; raise steps to train on", file=sys.stderr)
         return
     run.train()

@@ -15,12 +15,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.data.packing import Batch
 from kimi_jax.errors import UserError
+from kimi_jax.kernels.splash import splash_attention
+from kimi_jax.layers import block
+from kimi_jax.layers.attention import attention
 from kimi_jax.model import Ops, specs
-from kimi_jax.sharding.exchange import exchange_for
+from kimi_jax.sharding.exchange import way_for
 from kimi_jax.sharding.expert_parallel import expert_parallel
+from kimi_jax.sharding.gathered import gathered
 from kimi_jax.sharding.lookup import parallel_lookup
 from kimi_jax.sharding.mesh import BATCH, TOKENS, make_mesh
-from kimi_jax.sharding.parallel_newton_schulz import parallel_newton_schulz
+from kimi_jax.sharding.parallel_attention import parallel_attention
+from kimi_jax.sharding.parallel_newton_schulz import parallel_orthogonalised
 from kimi_jax.sharding.rules import TRAIN, shardings
 from kimi_jax.sharding.vocab_parallel import vocab_parallel
 from kimi_jax.training.config import TrainConfig
@@ -51,15 +56,18 @@ def placement(cfg: TrainConfig, devices: Sequence[Any]) -> Placement:
     if cfg.seq_len % columns:
         raise UserError(f"seq_len {cfg.seq_len} does not divide over mesh.context = {columns}")
     state = _state(cfg, mesh)
-    ops = _spread(mesh, devices, state.params) if len(devices) > 1 else ON_ONE_DEVICE
+    alone = len(devices) == 1 and devices[0].platform == "cpu"
+    ops = ON_ONE_DEVICE if alone else _spread(cfg, mesh, devices[0], state.params)
     return Placement(mesh, state, NamedSharding(mesh, TOKENS), ops)
 
 
-def _spread(mesh: Mesh, devices: Sequence[Any], params: Any) -> StepOps:
+def _spread(cfg: TrainConfig, mesh: Mesh, device: Any, params: Any) -> StepOps:
+    attend = parallel_attention(mesh, splash_attention if device.platform == "tpu" else attention)
+    in_blocks = block.Ops(gathered(mesh), attend, expert_parallel(mesh, way_for(device), fp8=cfg.dispatch == "fp8"))
     return StepOps(
-        Ops(expert_parallel(mesh, exchange_for(devices[0])), parallel_lookup(mesh)),
+        Ops(in_blocks, parallel_lookup(mesh)),
         vocab_parallel(mesh),
-        parallel_newton_schulz(mesh),
+        parallel_orthogonalised(mesh),
         partial(jax.lax.with_sharding_constraint, shardings=params),
     )
 

@@ -22,7 +22,7 @@ from kimi_jax.data.packing import Batch
 from kimi_jax.dims import Array, Params, axes_of
 from kimi_jax.layers.router import updated_bias
 from kimi_jax.model import Ops, hidden_states, init_params, specs
-from kimi_jax.optim import adamw, muon_clip, newton_schulz, warmup_stable_cosine
+from kimi_jax.optim import adamw, muon_clip, orthogonalised, warmup_stable_cosine
 from kimi_jax.training.config import TrainConfig
 from kimi_jax.training.loss import cross_entropy
 
@@ -32,7 +32,7 @@ class StepOps(NamedTuple):
 
     model: Ops = Ops()
     cross_entropy: Callable = cross_entropy
-    orthogonalise: Callable = newton_schulz
+    orthogonalise: Callable = orthogonalised
     place: Callable = lambda params: params  # says that a tree like the parameters lies where they do
 
 
@@ -91,6 +91,7 @@ def optimizer(cfg: TrainConfig, ops: StepOps = ON_ONE_DEVICE) -> optax.GradientT
     return muon_clip(
         learning_rate(cfg),
         momentum=opt.momentum,
+        momentum_dtype=opt.momentum_dtype and jnp.dtype(opt.momentum_dtype),
         nesterov=opt.nesterov,
         ns_steps=opt.ns_steps,
         ns_dtype=jnp.dtype(opt.ns_dtype),

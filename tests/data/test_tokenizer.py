@@ -95,6 +95,26 @@ def test_released_vocabulary_matches_the_reference_encoder(released):
         assert released.encode(text) == reference_encode(text, ranks)
 
 
+GOLDEN = {
+    "You are Kimi, an AI assistant created by Moonshot AI.": (
+        *(3900, 554, 24980, 72, 11, 519, 22572),
+        *(26626, 5232, 673, 30218, 10065, 22572, 13),
+    ),
+    "system": (14062,),
+    "\n": (198,),
+    "## Return of functions.get_weather:0\n": (798, 6014, 318, 8271, 1150, 21055, 2800, 25, 15, 198),
+    "月之暗面 Kimi": (892, 685, 5519, 696, 24980, 72),
+    "def f(x):\n    return x + 1234567\n": (1166, 285, 3940, 2360, 274, 745, 1288, 715, 220, 6694, 12972, 22, 198),
+    "I'll DON'T": (65447, 92629, 64833),
+    " <|im_end|>[EOS]": (22652, 348, 11129, 91, 41282, 85521, 60),
+}
+
+
+@pytest.mark.parametrize("text", GOLDEN)
+def test_released_vocabulary_keeps_its_ids(text, released):
+    assert released.encode(text) == list(GOLDEN[text])
+
+
 def test_released_vocabulary_has_the_published_ids(released):
     assert released.vocab_size == 163_840
     assert (released.bos, released.eos, released.pad) == (163_584, 163_585, 163_839)

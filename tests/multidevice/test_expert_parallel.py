@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax import lax
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from kimi_jax import presets
 from kimi_jax.layers.experts import EXPERT_PATHS
+from kimi_jax.sharding import exchange
+from kimi_jax.sharding import expert_parallel as expert_parallel_module
 from kimi_jax.sharding.expert_parallel import expert_parallel
+from kimi_jax.sharding.fp8_rows import compressed, restored
 from kimi_jax.sharding.mesh import AXES
 
 B, T, D, F, E, K = 8, 6, 8, 4, 16, 3
@@ -22,6 +26,7 @@ MESHES = {
     "expert 2, tensor 2, context 2": (1, 1, 2, 2, 2),
 }
 MESHES |= {"data 2, expert 2, fsdp 2": (2, 2, 2, 1, 1), "data 8": (8, 1, 1, 1, 1)}
+MESHES |= {"fsdp 2, expert 2, tensor 2": (1, 2, 2, 2, 1)}
 CFG = presets.tiny().replace(n_routed_experts=E, num_experts_per_tok=K)
 
 
@@ -34,15 +39,35 @@ def routing(name: str) -> np.ndarray:
     return np.broadcast_to([E - 1, E - 2, 0], (B, T, K))  # two experts, of one device if it has two or more, take all
 
 
-@pytest.mark.parametrize("exchange", ["padded", "ring"])
-@pytest.mark.parametrize("mesh_name", MESHES)
-def test_spread_experts_are_the_loop_on_one_device(mesh_name, exchange):
-    mesh = Mesh(np.asarray(jax.devices()).reshape(MESHES[mesh_name]), AXES, axis_types=(AxisType.Auto,) * 5)
+def ragged_all_to_all(rows, into, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What XLA:CPU lacks, by sending everything to everybody; what does not fit together shows as NaN."""
+    here, n = lax.axis_index(axis_name), lax.axis_size(axis_name)
+    rows_I, starts_IJ, sizes_IJ, places_IJ = (
+        lax.all_gather(a, axis_name) for a in (rows, input_offsets, send_sizes, output_offsets)
+    )
+    into = jnp.where((sizes_IJ[:, here] == recv_sizes).all(), into, jnp.asarray(jnp.nan).astype(into.dtype))
+    k = jnp.arange(rows.shape[0])
+    for i in range(n):
+        start, size, place = (a[i, here] for a in (starts_IJ, sizes_IJ, places_IJ))
+        at = jnp.where(k < size, place + k, len(into))
+        into = into.at[at].set(rows_I[i].at[start + k].get(mode="clip"), mode="drop")
+    return into
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """A ragged exchange for XLA:CPU, and buffers whose content matters to nobody full of NaN."""
+    monkeypatch.setattr(lax, "ragged_all_to_all", ragged_all_to_all)
+    monkeypatch.setattr(lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, jnp.float32).astype(dtype))
+
+
+def spread_and_looped(mesh_name: str, way: str, **options):
+    """value_and_gradients(run, experts) and the two that it runs: experts spread over a mesh, and the loop."""
+    mesh = mesh_of(mesh_name)
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     p = {"gate": draw(E, D, F), "up": draw(E, D, F), "down": draw(E, F, D)}
     x_BTD, weights_BTK, dy_BTD = draw(B, T, D), jnp.abs(draw(B, T, K)), draw(B, T, D)
-    spread = expert_parallel(mesh, exchange)
 
     def looped(p, _, x, weights, experts):
         flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
@@ -53,8 +78,87 @@ def test_spread_experts_are_the_loop_on_one_device(mesh_name, exchange):
         y, pullback = jax.vjp(lambda p, x, w: run(p, CFG, x, w, experts_BTK), p, x_BTD, weights_BTK)
         return y, *pullback(dy_BTD)
 
+    spread = expert_parallel(mesh, way, **options)
+    return lambda experts: [jax.device_get(value_and_gradients(run, experts)) for run in (spread, looped)]
+
+
+def mesh_of(name: str) -> Mesh:
+    return Mesh(np.asarray(jax.devices()).reshape(MESHES[name]), AXES, axis_types=(AxisType.Auto,) * 5)
+
+
+def farthest(ours, theirs) -> float:
+    """The largest relative distance of all results and gradients."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("way", ["padded", "ring", "ragged"])
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_spread_experts_are_the_loop_on_one_device(mesh_name, way, on_cpu):
+    both = spread_and_looped(mesh_name, way)
     for name in ("random", "balanced", "two take all"):
-        experts_BTK = jnp.asarray(routing(name), jnp.int32)
-        ours, theirs = (jax.device_get(value_and_gradients(run, experts_BTK)) for run in (spread, looped))
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-            assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b), (name, jax.tree_util.keystr(path))
+        assert farthest(*both(jnp.asarray(routing(name), jnp.int32))) <= 2e-6, name
+
+
+def test_tokens_in_chunks(on_cpu, monkeypatch):
+    monkeypatch.setattr(expert_parallel_module, "TOKENS_AT_ONCE", 4)  # 12 on a device: 3 chunks
+    both = spread_and_looped("fsdp 2, expert 2, tensor 2", "ragged")
+    for name in ("random", "two take all"):
+        assert farthest(*both(jnp.asarray(routing(name), jnp.int32))) <= 2e-6, name
+
+
+@pytest.mark.parametrize("way", ["padded", "ragged"])
+def test_in_eight_bits_only_what_travels_to_the_experts_is_rounded(way, on_cpu):
+    """3 bits of mantissa: each number is at most 1/16 off, and on average the sums of many less."""
+    both = spread_and_looped("expert 8", way, fp8=True)
+    assert 1e-3 < farthest(*both(jnp.asarray(routing("random"), jnp.int32))) < 0.08
+
+
+@pytest.mark.parametrize("D", [256, 40])
+def test_rows_in_eight_bits(D):
+    x_AD = np.random.default_rng(0).standard_normal((5, D)).astype(np.float32) * 10.0 ** np.arange(-6, 4, 2)[:, None]
+    x_AD[2] = 0
+    rows = compressed(jnp.asarray(x_AD))
+    assert rows.scale_At.shape == (5, 2 if D == 256 else 1)
+    back = np.asarray(restored(rows, jnp.float32))
+    largest = np.abs(x_AD.reshape(5, -1, 128 if D == 256 else D)).max(axis=2, keepdims=True)
+    error = np.abs(back - x_AD).reshape(*largest.shape[:2], -1)
+    assert (error <= np.maximum(np.abs(x_AD).reshape(error.shape) / 16, largest * 2.0**-17)).all()
+
+
+@pytest.mark.parametrize("way", exchange.WAYS)
+@pytest.mark.parametrize("balance", ["random", "one takes all"])
+def test_every_row_travels_once_and_returns_to_its_place(way, balance, on_cpu):
+    """Whatever the buffer: rows arrive with their experts, in as many rounds as said, and come back where they were."""
+    mesh, A, rng = mesh_of("expert 8"), 12, np.random.default_rng(2)
+    experts = np.sort(rng.integers(0, E, (8, A)) if balance == "random" else np.full((8, A), 5), axis=1)
+
+    def travel(R, experts_1A):
+        own_A = experts_1A[0]
+        counts = exchange.counts(jnp.zeros(E, jnp.int32).at[own_A].add(1))
+        n_rounds = exchange.WAYS[way].rounds(counts, R)
+        ids_A1 = (lax.axis_index("expert") * A + jnp.arange(A) + 1.0)[:, None]
+
+        def one(r, carry):
+            back_A1, seen_X, wrong = carry
+            journey = exchange.WAYS[way].begin(counts, R, r)
+            arrived_R = journey.there(jnp.concatenate([ids_A1, own_A[:, None]], axis=1))
+            real_R = journey.experts_R < E // 8
+            expected_R = lax.axis_index("expert") * (E // 8) + journey.experts_R
+            wrong += jnp.sum(real_R & (arrived_R[:, 1] != expected_R))
+            at = jnp.where(real_R, arrived_R[:, 0].astype(jnp.int32), 8 * A + 1)
+            return journey.back(2 * arrived_R[:, :1], back_A1), seen_X.at[at].add(1, mode="drop"), wrong
+
+        start = (jnp.zeros((A, 1)), jnp.zeros(8 * A + 1, jnp.int32), jnp.zeros((), jnp.int32))
+        back_A1, seen_X, wrong = lax.fori_loop(0, n_rounds, one, start)
+        return back_A1[:, 0] / ids_A1[:, 0], lax.psum(seen_X, "expert"), lax.psum(wrong, "expert"), n_rounds
+
+    for R in (8, 16, 96):
+        spread = jax.shard_map(
+            partial(travel, R), mesh=mesh, in_specs=PartitionSpec("expert"),
+            out_specs=(PartitionSpec("expert"), *(PartitionSpec(),) * 3), check_vma=False,
+        )  # fmt: skip
+        doubled, seen, wrong, n_rounds = jax.jit(spread)(jnp.asarray(experts, jnp.int32))
+        assert (doubled == 2).all() and (seen[1:] == 1).all() and wrong == 0
+        busiest = max((experts // (E // 8) == j).sum() for j in range(8))
+        assert way != "ragged" or n_rounds == -(-busiest // R)

@@ -12,7 +12,7 @@ from kimi_jax import presets
 from kimi_jax.dims import Fused, axes_of, map_specs
 from kimi_jax.model import specs
 from kimi_jax.optim import adamw, muon_clip
-from tests.optim.reference import AdamW, Muon, error, flat, gaussian, train
+from tests.optim.reference import AdamW, Muon, error, flat, gaussian, newton_schulz, train
 
 LR, DECAY, STEPS = 2e-2, 0.1, 10
 
@@ -139,6 +139,18 @@ def test_update_rms(shape, dtype):
     optimizer = muon_clip(1.0, weight_decay=0.0, axes=axes, ns_dtype=jnp.dtype(dtype))
     updates, _ = optimizer.update(gaussian(params, 0), optimizer.init(params), params)
     assert 0.18 <= float(jnp.sqrt(jnp.mean(updates["w"] ** 2))) <= 0.19
+
+
+def test_momentum_kept_in_bfloat16():
+    """Rounded once a step, when it is stored: the update is that of the momentum before."""
+    params, grads = gaussian({"w": jnp.zeros((6, 9))}, 0), [gaussian({"w": jnp.zeros((6, 9))}, i) for i in (1, 2)]
+    optimizer = muon_clip(LR, momentum_dtype=jnp.bfloat16, nesterov=False, ns_dtype=jnp.float32, weight_decay=0.0)
+    w, state = run(optimizer, params, grads)
+    assert state.momentum["w"].dtype == jnp.bfloat16
+    first = np.asarray(jnp.asarray(grads[0]["w"]).astype(jnp.bfloat16), np.float64)
+    directions = (np.asarray(grads[0]["w"], np.float64), 0.95 * first + grads[1]["w"])
+    expected = params["w"] - LR * 0.2 * 3 * sum(newton_schulz(direction) for direction in directions)
+    np.testing.assert_allclose(w["w"], expected, atol=1e-6)
 
 
 def test_bfloat16_newton_schulz():

@@ -1,0 +1,38 @@
+"""TPU slices that are not there: their devices, and where these stand on the torus."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from kimi_jax.errors import UserError
+
+EXAMPLES = "such as v5p:8x8x8, v6e:16x16 or tpu7x:4x4x8"
+
+
+def topology_devices(name: str, slices: int = 1) -> list[Any]:
+    """The devices of ``slices`` slices of a topology such as ``v5p:8x8x8``, without having them."""
+    if slices < 1:
+        raise UserError(f"slices must be at least 1, not {slices}")
+    for key, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    many = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **many).devices)
+    except Exception as error:
+        first = str(error).partition("\n")[0][:200]
+        if "not installed" in first:
+            raise UserError("libtpu is not installed: pip install 'kimi_jax[aot]'") from error
+        raise UserError(f"{name!r} is no topology of libtpu, {EXAMPLES} ({first})") from error
+
+
+def slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
+
+
+def extent(devices: list[Any]) -> tuple[int, ...]:
+    """The size of each dimension of a slice's torus."""
+    return tuple(1 + max(position) for position in zip(*(device.coords for device in devices), strict=True))

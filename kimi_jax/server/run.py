@@ -1,0 +1,38 @@
+"""Serves an application until a signal, then lets what has begun come to its end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+DRAIN_SECONDS = 60
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.config.app.state.server.draining = True  # type: ignore[union-attr]
+        super().handle_exit(sig, frame)
+
+
+def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000, drain_seconds: int = DRAIN_SECONDS) -> None:
+    """Blocks. One line of JSON per request goes to standard error, by way of the logger kimi_jax.access."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access = logging.getLogger("kimi_jax.access")
+    access.addHandler(handler)
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    config = uvicorn.Config(
+        app,
+        host,
+        port,
+        access_log=False,
+        log_level="info",
+        timeout_graceful_shutdown=drain_seconds,
+        server_header=False,
+    )
+    _Server(config).run()

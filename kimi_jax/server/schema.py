@@ -1,0 +1,143 @@
+"""JSON Schema (2020-12) as the grammar compiler wants it: what it cannot enforce is refused, never dropped.
+
+Taken out is only what constrains nothing (formats that it does not know: ``format`` is an annotation) and what has no
+finite value, because an answer that enters it cannot end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from kimi_jax.errors import UserError
+from kimi_jax.server.finite import Finite
+from kimi_jax.server.references import rebase
+
+FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
+_ALTERNATIVES = {"anyOf", "oneOf"}
+_LISTS = {"allOf", "prefixItems"}
+_SINGLE = {"items", "additionalProperties"}
+_CLOSABLE = {"type", "properties", "required", "title", "description", "$schema", "$id", "$defs", "definitions"}
+
+
+def normalize(schema: Any) -> Any:
+    """``schema`` without what constrains nothing or never ends; UserError if the compiler would not enforce it."""
+    if not isinstance(schema, Mapping | bool):
+        raise UserError(f"a schema must be an object or a boolean, not {type(schema).__name__}")
+    try:
+        schema = rebase(schema)
+        finite = Finite(schema)
+        if not finite(schema):
+            raise UserError("the schema has no finite value")
+        return _normalize(schema, finite)
+    except RecursionError:
+        raise UserError("the schema is nested too deeply") from None
+
+
+def _normalize(schema: Any, finite: Finite) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    _check_property_count(schema)
+    required = schema.get("required")
+    required = set(map(str, required)) if isinstance(required, list) else set()
+    found = {}
+    for key, value in schema.items():
+        if key == "x-guidance" or (key, value) == ("uniqueItems", False):
+            continue
+        if key == "format" and value not in FORMATS:
+            continue
+        if key == "pattern" and isinstance(value, str):
+            value = _exact_pattern(value)
+        if key == "patternProperties" and isinstance(value, Mapping):
+            value = {_exact_pattern(pattern): part for pattern, part in value.items()}
+        if key in _MAPS and isinstance(value, Mapping):
+            kept = required if key == "properties" else value.keys() if key[:4] in ("$def", "defi") else set()
+            value = {
+                name: _normalize(part, finite) if name in kept or finite(part) else False
+                for name, part in value.items()
+            }
+        elif key in _ALTERNATIVES and isinstance(value, list):
+            value = [_normalize(part, finite) for part in value if finite(part)]
+        elif key in _LISTS and isinstance(value, list):
+            value = [_normalize(part, finite) for part in value]
+        elif key in _SINGLE and isinstance(value, Mapping):
+            value = _normalize(value, finite) if finite(value) else False
+        found[key] = value
+    _sound_bounds(found)
+    return found
+
+
+_STEP = 1e-9
+_NUL = re.compile(r"\\(x00|u0000|0|x\{0+\})")
+_PATTERN_PARTS = re.compile(r"\\.|\[\^?|.", re.DOTALL)
+_WIDE = {r"\w": r"\w\p{L}\p{M}\p{N}", r"\d": r"\d\p{N}"}
+
+
+def _exact_pattern(pattern: str) -> str:
+    r"""``pattern`` narrowed to what every dialect matches.
+
+    What is negated counts ``\w`` and ``\d`` as Unicode does, the rest as ASCII; and it leaves out NUL, because the
+    compiler lets a class that holds NUL match the escapes of quote and backslash, too.
+    """
+    if _NUL.search(pattern):
+        raise UserError(f"the pattern {pattern!r} speaks of NUL, which cannot be enforced")
+    found, negated = "", [False]  # of the classes that are open
+    for part in _PATTERN_PARTS.findall(pattern):
+        if part in ("[", "[^"):
+            negated.append(negated[-1] or part == "[^")
+            part += r"\x00" if part == "[^" else ""
+        elif part == "]" and len(negated) > 1:
+            negated.pop()
+        elif part in (r"\W", r"\D"):
+            part = rf"[^\x00{_WIDE[part.lower()]}]"
+        elif negated[-1]:
+            part = _WIDE.get(part, part)
+        found += part
+    return found
+
+
+def _sound_bounds(schema: dict[str, Any]) -> None:
+    """Moves a whole bound that is excluded just inside, if the other lies less than 1 away: it would be let through."""
+    low, high = (_bound(schema, kind, pick) for kind, pick in (("Minimum", max), ("Maximum", min)))
+    if low is None or high is None or not 0 < high - low < 1:
+        return
+    if low >= 0 and low == schema.get("exclusiveMinimum") and float(low).is_integer():
+        del schema["exclusiveMinimum"]
+        schema["minimum"] = low + _STEP
+    if high <= 0 and high == schema.get("exclusiveMaximum") and float(high).is_integer():
+        del schema["exclusiveMaximum"]
+        schema["maximum"] = high - _STEP
+
+
+def _bound(schema: dict[str, Any], kind: str, pick: Any) -> float | None:
+    given = [schema.get(key) for key in (kind.lower(), f"exclusive{kind}")]
+    numbers = [value for value in given if isinstance(value, int | float) and not isinstance(value, bool)]
+    return pick(numbers) if numbers else None
+
+
+def _check_property_count(schema: Mapping[str, Any]) -> None:
+    """Names of additional properties may repeat in generation, so only one can be counted on to be new."""
+    least, required = schema.get("minProperties", 0), schema.get("required", [])
+    if isinstance(least, int) and isinstance(required, list) and least > len(set(map(str, required))) + 1:
+        raise UserError(
+            f"minProperties {least} exceeds the required properties by more than one; name more as required"
+        )
+
+
+def of_parameters(parameters: Any) -> dict[str, Any]:
+    """The schema of a function's arguments: an object, without undeclared members unless it speaks of them."""
+    schema = normalize({"properties": {}} if parameters is None else parameters)
+    if not isinstance(schema, dict):
+        raise UserError("parameters must be a schema of an object")
+    kind = schema.setdefault("type", "object")
+    if kind not in ("object", ["object"]):
+        raise UserError(f"parameters must have type 'object', not {kind!r}")
+    properties, required = schema.get("properties"), schema.get("required", [])
+    known = (
+        isinstance(properties, Mapping) and isinstance(required, list) and set(map(str, required)) <= set(properties)
+    )
+    if known and schema.keys() <= _CLOSABLE:
+        schema["additionalProperties"] = False
+    return schema

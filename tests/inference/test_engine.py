@@ -1,0 +1,174 @@
+"""The engine against the plain decoding of each request alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kimi_jax.data.tokenizer import ByteTokenizer
+from kimi_jax.errors import UserError
+from kimi_jax.inference import decode, step
+from kimi_jax.inference.engine import Engine
+from kimi_jax.inference.limits import Limits
+from kimi_jax.inference.request import Event, Request, Sampling
+from tests.inference.test_decode import CFG, forward, parameters
+
+PARAMS = parameters(CFG)
+LIMITS = Limits(n_pages=40, page_size=8, max_len=96, vocab_size=CFG.vocab_size, max_rows=4, step_tokens=32)
+RNG = np.random.default_rng(3)
+PROMPTS = [RNG.integers(0, CFG.vocab_size, length).tolist() for length in (1, 33, 5, 60, 16, 2)]
+PROMPTS += [PROMPTS[3][:40] + [1, 2], [3, 4, 5, 6] * 5]
+
+
+def answers(events: list[Event]) -> dict[tuple[int, int], list[int]]:
+    found: dict[tuple[int, int], list[int]] = {}
+    for event in events:
+        assert event.finish != "error", event.message
+        found.setdefault((event.request, event.sample), []).extend(event.tokens)
+    return found
+
+
+def greedy(prompt: list[int], n: int) -> list[int]:
+    return [int(token[0]) for token in decode.generate(PARAMS, CFG, [prompt], new_tokens=n)]
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+@pytest.mark.parametrize("n_pages", [40, 13])
+def test_greedy_is_plain_decoding(draft, n_pages):
+    """Eight prompts on four rows; with 13 pages of 8, sequences are preempted."""
+    limits = dataclasses.replace(LIMITS, draft=draft, n_pages=n_pages)
+    engine = Engine(PARAMS, CFG, limits)
+    found = answers(list(engine.generate(Request(prompt=tuple(p), max_tokens=20) for p in PROMPTS)))
+    assert [found[i, 0] for i in range(len(PROMPTS))] == [greedy(prompt, 20) for prompt in PROMPTS]
+    assert engine.load()[:3] == (0, 0, 0) and (engine.load().preemptions > 0) == (n_pages == 13)
+
+
+def test_a_sampled_answer_does_not_depend_on_its_neighbours_or_on_drafts():
+    sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=5)
+    request = Request(prompt=tuple(PROMPTS[7]), sampling=sampling, max_tokens=20, n=2)
+    alone = answers(list(Engine(PARAMS, CFG, LIMITS).generate([request])))
+    assert alone[0, 0] != alone[0, 1]
+    others = [
+        Request(prompt=tuple(p), sampling=dataclasses.replace(sampling, seed=None), max_tokens=9) for p in PROMPTS
+    ]
+    for draft in (0, 3):
+        engine = Engine(PARAMS, CFG, dataclasses.replace(LIMITS, draft=draft))
+        found = answers(list(engine.generate([*others[:5], request, *others[5:]])))
+        assert [found[5, 0], found[5, 1]] == [alone[0, 0], alone[0, 1]]
+
+
+def test_logprobs_are_those_of_the_full_forward():
+    sampling = Sampling(logprobs=3, prompt_logprobs=2)
+    events = list(
+        Engine(PARAMS, CFG, LIMITS).generate([Request(prompt=tuple(PROMPTS[1]), sampling=sampling, max_tokens=5)])
+    )
+    text = PROMPTS[1] + answers(events)[0, 0]
+    expected = np.asarray(jax.nn.log_softmax(forward(PARAMS, CFG, jnp.asarray([text]))[0].astype(jnp.float64)))
+    scores = next(event.prompt_logprobs for event in events if event.prompt_logprobs)
+    scores += tuple(score for event in events for score in event.logprobs)
+    assert scores[0] is None and len(scores) == len(text)
+    for i, score in enumerate(scores[1:], 1):
+        assert score is not None
+        np.testing.assert_allclose(score.logprob, expected[i - 1, text[i]], atol=2e-4)
+        order = np.argsort(-expected[i - 1])[: 2 if i < 33 else 3]
+        assert [token for token, _ in score.top] == order.tolist()
+        np.testing.assert_allclose([value for _, value in score.top], expected[i - 1, order], atol=2e-4)
+
+
+class Only:
+    """Allows two tokens, in turn."""
+
+    def __init__(self):
+        self.n = 0
+
+    def mask(self) -> np.ndarray:
+        mask = np.zeros(2, np.uint32)
+        mask[1] = np.uint32(1 << (40 + self.n % 2) % 32)
+        return mask
+
+    def accept(self, token: int) -> None:
+        self.n += 1
+
+
+def test_penalties_bias_and_grammar_reach_the_device():
+    prompt = tuple(PROMPTS[2])
+    free, unlike, biased, forced = (
+        Request(prompt=prompt, max_tokens=6, sampling=sampling, grammar=grammar)
+        for sampling, grammar in [
+            (Sampling(), None), (Sampling(presence_penalty=2.0, repetition_penalty=90.0), None),
+            (Sampling(logit_bias={17: 100.0}), None), (Sampling(), Only),
+        ]
+    )  # fmt: skip
+    found = answers(list(Engine(PARAMS, CFG, LIMITS).generate([free, unlike, biased, forced])))
+    assert found[0, 0] == greedy(PROMPTS[2], 6)
+    assert len({*PROMPTS[2], *found[1, 0]}) == len({*PROMPTS[2]}) + 6
+    assert found[2, 0] == [17] * 6 and found[3, 0] == [40, 41] * 3
+
+
+def test_other_threads_submit_and_cancel_while_one_steps():
+    engine, ended, events = Engine(PARAMS, CFG, LIMITS), threading.Event(), []
+    ids: list[int] = []
+
+    def client() -> None:
+        for prompt in PROMPTS * 2:
+            ids.append(engine.submit(Request(prompt=tuple(prompt), max_tokens=20)))
+        engine.cancel(ids[9])
+
+    def serve() -> None:
+        while not ended.is_set():
+            if engine.wait(0.05):
+                events.extend(engine.step())
+
+    threads = [threading.Thread(target=client) for _ in range(2)]
+    server = threading.Thread(target=serve)
+    for thread in (server, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    while engine.load().running or engine.load().waiting:
+        ended.wait(0.02)
+    ended.set()
+    server.join()
+    events += engine.step()
+    finish = {event.request: event.finish for event in events if event.finish}
+    assert sorted(finish) == sorted(ids) == list(range(32))
+    assert sum(reason == "length" for reason in finish.values()) >= 30
+
+
+def test_a_failing_device_ends_what_runs_and_the_engine_goes_on(monkeypatch):
+    engine = Engine(PARAMS, CFG, LIMITS)
+    first = engine.submit(Request(prompt=(1, 2, 3), max_tokens=20))
+    engine.step()
+    engine.step()
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "run", fails)
+        (event,) = engine.step()
+    assert (event.request, event.finish) == (first, "error") and "out of memory" in str(event.message)
+    found = answers(list(engine.generate([Request(prompt=tuple(PROMPTS[2]), max_tokens=6)])))
+    assert found[0, 0] == greedy(PROMPTS[2], 6)
+
+
+def test_text_comes_with_a_tokenizer():
+    cfg = CFG.replace(vocab_size=512)
+    params, limits = parameters(cfg), dataclasses.replace(LIMITS, vocab_size=512)
+    sampling = Sampling(logit_bias={i: -100 for i in range(512) if i not in b"ab"}, temperature=1.0, seed=1)
+    request = Request(prompt=(1, 2), sampling=sampling, max_tokens=20)
+    engine = Engine(params, cfg, limits, ByteTokenizer())
+    events = list(engine.generate([request, dataclasses.replace(request, stop=("ab", "ba"))]))
+    text = ["".join(event.text for event in events if event.request == i) for i in range(2)]
+    assert len(text[0]) == 20 and set(text[0]) == set("ab")
+    assert text[1] == text[0][: min(text[0].index("ab"), text[0].index("ba"))]
+
+
+def test_limits_that_do_not_suit_the_model_are_refused():
+    with pytest.raises(UserError, match="do not suit"):
+        Engine(PARAMS, CFG, dataclasses.replace(LIMITS, vocab_size=7))

@@ -1,0 +1,165 @@
+"""Steps over the paged cache against the full forward pass."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kimi_jax import presets
+from kimi_jax.dims import map_specs
+from kimi_jax.inference import attention, cache
+from kimi_jax.inference import forward as forward_
+from kimi_jax.inference.forward import forward, logits, logprobs
+from kimi_jax.model import KimiK2, in_compute_dtype, specs
+
+CFG = presets.tiny().replace(
+    vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
+    num_attention_heads=2, n_routed_experts=6, num_experts_per_tok=2, q_lora_rank=12, kv_lora_rank=8,
+    qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, dtype="float32", experts="looped",
+)  # fmt: skip
+VARIANTS = {
+    "no query latent, no shared experts": CFG.replace(q_lora_rank=None, n_shared_experts=0),
+    "no dense layers": CFG.replace(first_k_dense_replace=0),
+    "dense layers alone": CFG.replace(first_k_dense_replace=3),
+}
+TOKENS = np.random.default_rng(1).integers(0, 61, (3, 40))
+PAGES = 1 + np.random.default_rng(2).permutation(3 * 40).reshape(3, 40)  # as many as pages of 1 token need
+
+
+def parameters(cfg):
+    rng = np.random.default_rng(0)
+
+    def draw(spec):
+        if spec.std is None:
+            return jnp.asarray(spec.fill + 0.2 * rng.standard_normal(spec.shape), jnp.float32)
+        return jnp.asarray(rng.standard_normal(spec.shape) / spec.shape[-2] ** 0.5, jnp.float32)
+
+    return map_specs(draw, specs(cfg))
+
+
+@partial(jax.jit, static_argnums=1)
+def full(params, cfg, tokens):
+    return KimiK2(cfg).apply({"params": params}, tokens)
+
+
+@partial(jax.jit, static_argnums=(1, 7), donate_argnums=2)
+def step(params, cfg, pages, tokens, start, length, tables, J):
+    x, pages = forward(params, cfg, pages, tokens, start, length, tables)
+    return logits(params, x, jnp.maximum(length - J, 0), J), pages
+
+
+def run(params, cfg, plan, page_size=4, tokens=TOKENS, tables=PAGES):
+    """The logits after every token of all rows, fed as ``plan`` [(width, new tokens of each row)] says."""
+    pages, start = cache.init(cfg, 121, page_size), np.zeros(len(tokens), int)
+    found = np.full((*tokens.shape, cfg.vocab_size), np.nan, np.float32)
+    for width, counts in plan:
+        piece = np.full((len(tokens), width), 60)  # what stands beyond a row's count must not matter
+        for row, (a, n) in enumerate(zip(start, counts, strict=True)):
+            piece[row, :n] = tokens[row, a : a + n]
+        got, pages = step(params, cfg, pages, piece, start, np.asarray(counts), tables, width)
+        for row, (a, n) in enumerate(zip(start, counts, strict=True)):
+            found[row, a : a + n] = got[row, :n]
+        start = start + counts
+    return found, start
+
+
+def same(found, expected, length):
+    for row, n in enumerate(length):
+        worst = np.abs(found[row, :n] - expected[row, :n]).max(initial=0)
+        assert worst <= 2e-5 * np.abs(expected).max(), (row, worst)
+
+
+def run_and_expect(params, cfg, plan, reference=None, **how):
+    found, length = run(params, cfg, plan, **how)
+    return found, np.asarray(full(*(reference or (params, cfg)), jnp.asarray(TOKENS))), length
+
+
+PLANS = {
+    "chunks, waiting rows, single tokens": [(7, [3, 7, 0]), (7, [7, 2, 7]), (7, [0, 7, 6]), *[(1, [1, 1, 1])] * 3],
+    "drafts of several tokens": [(7, [7, 7, 1]), *[(3, [3, 1, 2]), (3, [2, 3, 3])] * 2],
+    "all at once": [(40, [40, 13, 0])],
+    "one by one": [(1, [1, 1, 0])] * 12,
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_any_variant_of_the_model(name):
+    cfg, plan = VARIANTS[name], PLANS["chunks, waiting rows, single tokens"]
+    params = parameters(cfg)
+    same(*run_and_expect(params, cfg, plan))
+
+
+@pytest.mark.parametrize("plan, page_size", [*zip(PLANS, (4, 5, 3, 1), strict=True)])
+def test_any_chunking_and_page_size(plan, page_size):
+    same(*run_and_expect(parameters(CFG), CFG, PLANS[plan], page_size=page_size))
+
+
+def test_many_blocks_and_groups(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(attention, "LARGEST", 200)
+    cfg = CFG.replace(max_position_embeddings=77)  # another program
+    same(*run_and_expect(parameters(cfg), cfg, PLANS["all at once"]))
+
+
+@pytest.mark.parametrize("name, exact", [("dense layers alone", True), ("no dense layers", False)])
+def test_a_row_does_not_depend_on_its_neighbours(name, exact):
+    """Other tokens, lengths and pages beside it: the same bits, but for the order of sums in an expert's product, which
+    XLA:CPU chooses by the number of rows that go to the expert."""
+    cfg, other = VARIANTS[name], np.random.default_rng(5).integers(0, 61, TOKENS.shape)
+    other[0] = TOKENS[0]
+    tables = PAGES.copy()
+    tables[1:] = PAGES[[2, 1]]
+    alone, _ = run(parameters(cfg), cfg, [(7, [7, 0, 0])] * 3)
+    among, _ = run(parameters(cfg), cfg, [(7, [7, 5, 7])] * 3, tokens=other, tables=tables)
+    if exact:
+        np.testing.assert_array_equal(alone[0, :21], among[0, :21])
+    same(among[:1, :21], alone[:1, :21], [21])
+
+
+def test_rows_may_share_the_pages_of_a_prefix():
+    """Row 0 prefills 8 tokens, two pages; rows 1 and 2 start after them and go on by themselves."""
+    params, tokens = parameters(CFG), TOKENS.copy()
+    tokens[1:, :8] = tokens[0, :8]
+    tables = PAGES.copy()
+    tables[1:, :2] = tables[0, :2]
+    expected = np.asarray(full(params, CFG, jnp.asarray(tokens)))
+    pages = cache.init(CFG, 121, 4)
+    _, pages = step(params, CFG, pages, tokens[:, :8], np.zeros(3, int), np.asarray([8, 0, 0]), tables, 8)
+    got, _ = step(params, CFG, pages, tokens[:, 8:13], np.full(3, 8), np.asarray([5, 3, 5]), tables, 5)
+    for row, n in enumerate([5, 3, 5]):
+        assert np.abs(got[row, :n] - expected[row, 8 : 8 + n]).max() <= 2e-5 * np.abs(expected).max()
+
+
+def test_bfloat16_stays_near_float32():
+    cfg = CFG.replace(dtype="bfloat16", experts="fastest")
+    plan, params = PLANS["chunks, waiting rows, single tokens"], parameters(CFG)
+    found, expected, _ = run_and_expect(in_compute_dtype(cfg, params), cfg, plan, reference=(params, CFG))
+    error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert np.nanmedian(error) < 0.05  # of most tokens: near ties send a few to other experts
+
+
+def test_a_step_holds_the_cache_once():
+    """Donated, written and read in place: what a step holds besides is less than one layer of the cache."""
+    shapes = jax.eval_shape(lambda: parameters(CFG))
+    pages = jax.ShapeDtypeStruct(cache.shape(CFG, 4000, 16), jnp.float32)
+    row = jax.ShapeDtypeStruct((2,), jnp.int32)
+    tokens, tables = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    memory = step.lower(shapes, CFG, pages, tokens, row, row, tables, 1).compile().memory_analysis()
+    n_bytes = cache.n_bytes(CFG, 4000, 16)
+    assert memory.alias_size_in_bytes >= n_bytes
+    assert memory.temp_size_in_bytes < n_bytes / 3
+
+
+def test_logprobs_of_given_tokens(monkeypatch):
+    """Equal to float64, by pieces that do not divide the tokens."""
+    monkeypatch.setattr(forward_, "ROWS", 8)
+    rng = np.random.default_rng(6)
+    x, head, after = rng.standard_normal((3, 7, 24)), rng.standard_normal((24, 61)), rng.integers(0, 61, (3, 7))
+    z = x @ head
+    expected = np.take_along_axis(z - np.log(np.exp(z).sum(-1, keepdims=True)), after[..., None], -1)[..., 0]
+    given = {"lm_head": jnp.asarray(head, jnp.float32)}, jnp.asarray(x, jnp.float32), jnp.asarray(after)
+    np.testing.assert_allclose(jax.jit(logprobs)(*given), expected, rtol=1e-4, atol=1e-5)

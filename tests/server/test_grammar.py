@@ -1,0 +1,145 @@
+"""Every value sampled under a mask validates, by jsonschema (2020-12)."""
+
+import json
+
+import jsonschema
+import numpy as np
+import pytest
+
+from kimi_jax.data import tokenizer as tk
+from kimi_jax.errors import UserError
+from kimi_jax.server import grammar
+from kimi_jax.server.grammar import Vocabulary, Without
+from tests.server.schemas import INT, REFUSED, SCHEMAS, S
+from tests.server.walks import Walker, allowed
+
+
+@pytest.fixture(scope="module")
+def walker(tokenizer):
+    return Walker(tokenizer, seed=0)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: json.dumps(s)[:60])
+def test_values_validate(schema, vocabulary, tokenizer, walker):
+    jsonschema.Draft202012Validator.check_schema(schema)
+    finished = 0
+    for _ in range(4):
+        ids = walker.walk(vocabulary.matcher(grammar.of_schema(schema)))
+        if ids is None:
+            continue
+        finished += 1
+        assert max(ids) < len(tokenizer.pieces)
+        value = json.loads(tokenizer.decode_bytes(ids).decode("utf-8"))
+        jsonschema.Draft202012Validator(schema).validate(value)
+    assert finished
+
+
+@pytest.mark.parametrize("schema", REFUSED, ids=lambda s: json.dumps(s)[:60])
+def test_what_cannot_be_enforced_is_refused(schema, vocabulary):
+    with pytest.raises(UserError) as caught:
+        vocabulary.compiled(grammar.of_schema(schema))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "object", "properties": {"a": INT}, "additionalProperties": S}, '{"a":"x"}'),
+        ({"type": "object", "properties": {"a": INT}, "additionalProperties": S}, '{"\\u0061":"x"}'),
+        ({"type": "object", "properties": {"a": INT}, "additionalProperties": S}, '{"b":"x","a":"x"}'),
+        ({"type": "object", "properties": {"n_a": S}, "patternProperties": {"^n_": {"minLength": 2}}}, '{"n_a":"x"}'),
+        ({"type": "string", "pattern": '^[^"]$'}, '"\\""'),
+        ({"type": "string", "pattern": r"^[^\\]$"}, '"\\\\"'),
+        ({"type": "string", "maxLength": 1}, '"ab"'),
+        ({"type": "integer"}, "1.5"),
+        ({"type": "object"}, '{"a":1'),
+        ({"type": "object"}, ' {"a":1}'),
+        ({"type": "object"}, "{  }"),
+    ],
+)
+def test_texts_that_do_not_fit(schema, text):
+    assert not accepts(grammar.of_schema(schema), text)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":"é😀","b":[1,2]}', '{"a": "x", "b": [1, 2]}', '{\n  "a": "x",\n  "b": [\n    1\n  ]\n}']
+)
+def test_usual_layouts_fit(text):
+    schema = {"type": "object", "properties": {"a": S, "b": {"type": "array", "items": INT}}}
+    assert accepts(grammar.of_schema(schema), text)
+
+
+BYTES = Vocabulary(tk.load("bytes"), 520)
+
+
+def accepts(source, text):
+    matcher = BYTES.matcher(source)
+    for byte in text.encode():
+        if byte not in allowed(matcher.mask()):
+            return False
+        matcher.accept(byte)
+    return BYTES.stop_ids <= set(allowed(matcher.mask()).tolist())
+
+
+def test_lenient_ignores_what_cannot_be_enforced():
+    source = grammar.of_schema({"type": "object", "properties": {"a": INT}, "not": {"required": ["b"]}}, lenient=True)
+    assert accepts(source, '{"a":1}') and not accepts(source, '{"a":"x"}')
+
+
+def test_regex_and_choice(vocabulary, tokenizer, walker):
+    ids = walker.walk(vocabulary.matcher(grammar.of_regex(r"[a-c]{2,5}-[0-9]{1,9}")))
+    assert ids and set(tokenizer.decode(ids)) <= set("abc-0123456789")
+    assert accepts(grammar.of_choice(['say "é"', "no"]), 'say "é"') and not accepts(grammar.of_choice(["yes"]), "ye")
+    with pytest.raises(UserError):
+        vocabulary.compiled(grammar.of_regex("(a"))
+
+
+def test_masks_hold_what_they_say(vocabulary):
+    ids = [0, 31, 32, 63, 64, vocabulary.vocab_size - 1]
+    assert allowed(vocabulary.mask_of(ids)).tolist() == ids
+    assert allowed(Without(vocabulary, ids).mask())[:3].tolist() == [1, 2, 3]
+    assert not set(ids) & set(allowed(Without(vocabulary, ids).mask()).tolist())
+    mask = vocabulary.matcher(grammar.of_schema({})).mask()
+    assert mask.dtype == np.uint32 and mask.shape == vocabulary.mask_of([]).shape
+
+
+def test_a_token_outside_the_mask_is_an_error(vocabulary):
+    matcher = vocabulary.matcher(grammar.of_schema({"type": "boolean"}))
+    with pytest.raises(UserError, match="breaks the grammar"):
+        matcher.accept(vocabulary.special_ids["<|im_end|>"])
+
+
+def test_a_matcher_is_fresh_each_time(vocabulary, walker):
+    source = grammar.of_schema({"const": 12})
+    assert walker.walk(vocabulary.matcher(source)) and walker.walk(vocabulary.matcher(source))
+
+
+@pytest.mark.parametrize("low", [None, -1.5, -1, -0.25, 0, 0.1, 1])
+@pytest.mark.parametrize("high", [None, -1, -0.25, 0, 0.1, 0.25, 1, 1.5, 10])
+@pytest.mark.parametrize("exclusive", [(False, False), (True, False), (False, True), (True, True)])
+def test_bounds_hold_for_numbers_near_them(low, high, exclusive):
+    if None not in (low, high) and low >= high:
+        return
+    schema = {"type": "number"}
+    schema |= {} if low is None else {"exclusiveMinimum" if exclusive[0] else "minimum": low}
+    schema |= {} if high is None else {"exclusiveMaximum" if exclusive[1] else "maximum": high}
+    source = grammar.of_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for text in (
+        "-2 -1.5 -1.01 -1 -0.3 -0.25 -0.2 -0.001 -0 0 0.0 0.001 0.1 0.2 0.25 0.9 0.999 1 1.0 1.2 1.5 9.99 10"
+    ).split():
+        assert validator.is_valid(json.loads(text)) or not accepts(source, text), text
+
+
+@pytest.mark.parametrize(
+    ("schema", "texts"),
+    [
+        ({"minimum": 0, "maximum": 1}, "0 0.5 0.999 1"),
+        ({"exclusiveMinimum": 0, "exclusiveMaximum": 1}, "0.001 0.999"),
+        ({"exclusiveMinimum": 0, "maximum": 0.25}, "0.001 0.1 0.20 0.25"),
+        ({"exclusiveMaximum": 5}, "-7 0 4.99"),
+        ({"exclusiveMinimum": 0}, "0.1 1 99.5"),
+    ],
+)
+def test_numbers_between_bounds_fit(schema, texts):
+    assert [t for t in texts.split() if not accepts(grammar.of_schema({"type": "number", **schema}), t)] == []

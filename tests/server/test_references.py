@@ -1,0 +1,67 @@
+"""Pointers: where they lead, and what becomes of those that lead nowhere from the root."""
+
+import json
+
+import jsonschema
+import pytest
+
+from kimi_jax.server import grammar
+from kimi_jax.server.references import rebase, references, resolve
+from tests.server.schemas import EMBEDDED, SCHEMAS
+from tests.server.walks import Walker
+
+ROOT = {"a": [1, {"b/c": 2, "d~e": 3, "f g%": 4}], "": 5}
+
+
+@pytest.mark.parametrize(
+    ("ref", "target"),
+    [
+        ("#", ROOT),
+        ("#/a/0", 1),
+        ("#/a/1/b~1c", 2),
+        ("#/a/1/d~0e", 3),
+        ("#/a/1/f%20g%25", 4),
+        ("#/", 5),
+        ("#/a/2", None),
+        ("#/a/-1", None),
+        ("#/b", None),
+        ("#/a/0/x", None),
+        ("#anchor", None),
+        ("https://example.com", None),
+    ],
+)
+def test_resolve(ref, target):
+    assert resolve(ROOT, ref) == target
+
+
+def test_references_are_those_of_schemas():
+    assert references({"$ref": "#/a", "anyOf": [{"$ref": "#/b"}], "const": {"$ref": "#/c"}}) == {"#/a", "#/b"}
+
+
+def test_pointers_that_lead_somewhere_stay():
+    for schema in SCHEMAS:
+        assert rebase(schema) == schema
+
+
+def test_the_nearest_enclosing_schema_is_taken():
+    inner = {"items": {"$ref": "#/$defs/x"}, "$defs": {"x": {"type": "null"}}}
+    schema = {"properties": {"p/q": {"anyOf": [inner, {"$ref": "#/$defs/x"}]}}}
+    (first, second) = rebase(schema)["properties"]["p/q"]["anyOf"]
+    assert first["items"] == {"$ref": "#/properties/p~1q/anyOf/0/$defs/x"}
+    assert second == {"$ref": "#/$defs/x"}  # leads nowhere, and is refused later
+    assert rebase({"properties": {"p": {"$id": "own", **inner}}}) == {"properties": {"p": {"$id": "own", **inner}}}
+
+
+@pytest.mark.parametrize("schema", EMBEDDED, ids=lambda s: json.dumps(s)[:40])
+def test_embedded_roots_work(schema, vocabulary, tokenizer):
+    walker = Walker(tokenizer, seed=2)
+    outer = {
+        "type": "object",
+        "properties": {"é value": schema},
+        "required": ["é value"],
+        "additionalProperties": False,
+    }
+    for _ in range(5):
+        ids = walker.walk(vocabulary.matcher(grammar.of_schema(outer)))
+        if ids is not None:
+            jsonschema.Draft202012Validator(schema).validate(json.loads(tokenizer.decode(ids))["é value"])
