@@ -35,7 +35,6 @@ class Compiled:
 
     flops: float
     flops_over_model: float
-    flops_over_model_executed: float  # without the blocks that splash attention declares and skips
     optimizer_flops: float  # products in the update
     optimizer_flops_over_minimum: float | None  # Newton-Schulz's, dealt out evenly; None without it
     wire_gb: float
@@ -150,7 +149,6 @@ def _compiled(cfg: TrainConfig, place: Placement, text: str, model_flops: float,
     return Compiled(
         flops=done.flops,
         flops_over_model=done.flops / model_flops,
-        flops_over_model_executed=(done.flops - done.kernel_flops + done.kernel_flops_executed) / model_flops,
         optimizer_flops=done.product_flops["update"],
         optimizer_flops_over_minimum=done.product_flops["update"] / least if least else None,
         wire_gb=sum(row.bytes for row in moved) / 1e9,

@@ -30,7 +30,6 @@ class Work:
 
     product_flops: dict[str, float]  # by scope
     kernel_flops: float  # as their authors declared them
-    kernel_flops_executed: float  # of these, without what splash attention skips
     kernels_undeclared: dict[str, float]  # kernel -> runs, of which nothing is known
     hbm_bytes: float
     host_bytes: float
@@ -53,7 +52,7 @@ def work_of(program: Program, kind: str) -> Work:
     products: dict[str, float] = dict.fromkeys(SCOPES, 0.0)
     seconds = dict.fromkeys(("product", "kernel", "memory"), 0.0)
     undeclared: dict[str, float] = defaultdict(float)
-    kernel_flops = executed = hbm = host = cycles = 0.0
+    kernel_flops = hbm = host = cycles = 0.0
     for name, computation in program.computations.items():
         runs = program.runs[name]
         if name in program.fused or not runs:
@@ -63,8 +62,6 @@ def work_of(program: Program, kind: str) -> Work:
             kernel = kernels.kernel_name(i)
             if kernel:
                 kernel_flops += runs * flops
-                flops *= kernels.executed_share(computation, i)
-                executed += runs * flops
                 if not kernels.declared(i, "bytes_accessed"):
                     undeclared[kernel] += runs
             else:
@@ -79,7 +76,6 @@ def work_of(program: Program, kind: str) -> Work:
     return Work(
         product_flops=products,
         kernel_flops=kernel_flops,
-        kernel_flops_executed=executed,
         kernels_undeclared=dict(undeclared),
         hbm_bytes=hbm,
         host_bytes=host,

@@ -57,10 +57,9 @@ def _routing(c: Compiled) -> str:
 def _flops(r: Report, c: Compiled) -> list[str]:
     rows = [
         ("model", r.model_flops_per_device, f"{r.seconds_at_peak:.3g} s at peak"),
-        ("compiled", c.flops, f"{c.flops_over_model:.2f} x model ({c.flops_over_model_executed:.2f} executed)"),
+        ("compiled", c.flops, f"{c.flops_over_model:.2f} x model"),
         *((f"  products, {name}", n, "") for name, n in c.work.product_flops.items() if n),
         ("  kernels, as declared", c.work.kernel_flops, _undeclared(c)),
-        ("  kernels, as executed", c.work.kernel_flops_executed, ""),
         ("optimizer", c.optimizer_flops, _over_minimum(c)),
     ]
     return ["FLOPs per device and step", *(f"  {name:28} {n:>9.3e} {note}".rstrip() for name, n, note in rows)]

@@ -109,6 +109,10 @@ def weight_gradient(spec: str, x: Array, dy: Array) -> Array:
     kept, new = x_axes[n:], dy_axes[n:]
     if x.dtype != jnp.bfloat16 or x_axes[:n] != dy_axes[:n] or set(kept) & set(new):
         return product(spec, x, dy)
-    tokens = math.prod(x.shape[:n])
-    dw = product("xm,my->xy", transposed(x.reshape(tokens, -1)), dy.reshape(tokens, -1))
-    return jnp.einsum(f"{kept}{new}->{w_axes}", dw.reshape(*x.shape[n:], *dy.shape[n:]))
+
+    def flat(x: Array, dy: Array) -> Array:
+        tokens = math.prod(x.shape[:n])
+        dw = product("xm,my->xy", transposed(x.reshape(tokens, -1)), dy.reshape(tokens, -1))
+        return jnp.einsum(f"{kept}{new}->{w_axes}", dw.reshape(*x.shape[n:], *dy.shape[n:]))
+
+    return lax.platform_dependent(x, dy, cpu=flat, default=partial(_einsum, spec))

@@ -113,7 +113,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def create_app(service: Service, settings: Settings = Settings()) -> FastAPI:  # noqa: B008
+def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
+    settings = settings or Settings()
     server = Server(service, settings)
     app = FastAPI(title="kimi_jax", docs_url=None, redoc_url=None)
     app.state.server = server
@@ -124,8 +125,7 @@ def create_app(service: Service, settings: Settings = Settings()) -> FastAPI:  #
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
-    on_answer = lambda path, status: server.metrics.requests.labels(path, str(status)).inc()  # noqa: E731
-    app.add_middleware(Gate, settings.api_keys, settings.max_body_bytes, on_answer)  # type: ignore[arg-type]
+    app.add_middleware(Gate, settings.api_keys, settings.max_body_bytes, server.metrics.answered)  # type: ignore[arg-type]
     return app
 
 

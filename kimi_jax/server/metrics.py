@@ -35,7 +35,7 @@ class Metrics:
     def __init__(self, load: Callable[[], Load]):
         self.registry = registry = CollectorRegistry()
         registry.register(_EngineLoad(load))
-        self.requests = Counter("kimi_http_requests", "Answered HTTP requests.", ["path", "status"], registry=registry)
+        self._requests = Counter("kimi_http_requests", "Answered HTTP requests.", ["path", "status"], registry=registry)
         self._prompt = Counter("kimi_prompt_tokens", "Prompt tokens of finished answers.", registry=registry)
         self._output = Counter("kimi_generation_tokens", "Generated tokens.", registry=registry)
         self._first = Histogram(
@@ -47,6 +47,9 @@ class Metrics:
         self._next = Histogram(
             "kimi_inter_token_seconds", "Between the tokens of an answer.", buckets=_NEXT, registry=registry
         )
+
+    def answered(self, path: str, status: int) -> None:
+        self._requests.labels(path, str(status)).inc()
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

@@ -76,15 +76,15 @@ def _orthogonalised(m: Array, spread: Spread, mesh: Mesh, rms: float, steps: int
     x_Snm = scaled(x_Snm, squares_S).astype(dtype)
     if tall:
         x_Snm, spread, sizes = x_Snm.swapaxes(1, 2), spread.transposed, sizes[::-1]
-    dealt = deal(len(x_Snm), *sizes, spread.stack, mesh)
+    dealt = deal(len(x_Snm), *sizes, spread, mesh)
     way_back: list[Callable[[Array], Array]] = []
     for axis in dealt.stack:
         x_Snm, back = _deal_stack(x_Snm, axis, spread)
         way_back.append(back)
-    for side, axes in ((1, dealt.rows), (2, dealt.columns)):
-        for axis in axes:
-            x_Snm, back = _deal_side(x_Snm, axis, side, spread)
-            way_back.append(back)
+    sides = [(1, axis) for axis in dealt.rows] + [(2, axis) for axis in dealt.columns]
+    for side, axis in sorted(sides, key=lambda found: found[1] not in (*spread.rows, *spread.columns)):
+        x_Snm, back = _deal_side(x_Snm, axis, side, spread)
+        way_back.append(back)
     x_Snm = iterate(x_Snm, steps, _blocks(dealt))
     for back in reversed(way_back):
         x_Snm = back(x_Snm)
@@ -147,20 +147,30 @@ def _moved(x_Snm: Array, axis: str, split: int, joined: int) -> Array:
     return jnp.moveaxis(arrived, 0, joined).reshape(shape)
 
 
-def deal(S: int, n: int, m: int, of_stack: tuple[str, ...], mesh: Mesh) -> Spread:
+def deal(S: int, n: int, m: int, now: Spread, mesh: Mesh) -> Spread:
     """Which axes are to split S matrices, their n rows and m columns, n <= m: what takes a device the least time.
 
-    S counts the matrices that a device has part of. Axes ``of_stack`` split the stack already and are not dealt.
+    S counts the matrices that a device has part of. Axes that split the stack already are not dealt.
     """
-    axes = [axis for axis in AXES if mesh.shape[axis] > 1 and axis not in of_stack]
+    axes = [axis for axis in AXES if mesh.shape[axis] > 1 and axis not in now.stack]
     choices = []
     for sides in itertools.product(range(3), repeat=len(axes)):
         dealt = Spread(*(tuple(axis for axis, s in zip(axes, sides, strict=True) if s == side) for side in range(3)))
-        by_S, by_n, by_m = (_devices(mesh, over) for over in dealt)
-        if n % by_n == 0 and m % by_m == 0 and n % by_m == 0:
+        if _divides(n, m, now, dealt, mesh):
+            by_S, by_n, by_m = (_devices(mesh, over) for over in dealt)
             flops = (4 * n * n * m + 2 * n**3) / (by_n * by_m)
             rows = 2 * n * (m + n) / by_m * (1 - 1 / by_n) * (2 if by_n == mesh.size else 1)  # see rules.split
             columns = (8 + 2) * n * n / by_n * (1 - 1 / by_m)
             time = math.ceil(S / by_S) * (flops + FLOPS_PER_BYTE * (rows + columns))
             choices.append((time, by_n * by_m, dealt))
     return min(choices)[2]
+
+
+def _divides(n: int, m: int, now: Spread, dealt: Spread, mesh: Mesh) -> bool:
+    """Whether the matrices can go from one spread to the other, an axis at a time, and be multiplied there."""
+
+    def on_the_way(before: tuple[str, ...], after: tuple[str, ...]) -> int:
+        return _devices(mesh, tuple({*after, *(axis for axis in before if axis not in dealt.stack)}))
+
+    by_m = _devices(mesh, dealt.columns)
+    return not (n % on_the_way(now.rows, dealt.rows) or m % on_the_way(now.columns, dealt.columns) or n % by_m)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from kimi_jax.ahead import work
-from kimi_jax.ahead.kernels import executed_share, kernel_name
+from kimi_jax.ahead.kernels import kernel_name
 from kimi_jax.ahead.program import Program
 
 PROGRAM = """
@@ -115,24 +115,3 @@ window={{size={taps} stride={stride} pad={low}_{low} lhs_dilate={dilated} rhs_di
     program = Program.from_text(text)
     main = program.computations["main"]
     assert work.flops(program, main, main["y"]) == 2 * 3 * 4 * 5 * met
-
-
-@pytest.mark.parametrize(
-    ("name", "block", "share"), [("splash_mha_fwd.3", 1024, 10 / 16), ("splash_mha_dkv.1", 512, 10 / 64)]
-)
-def test_splash_attention_skips_masked_blocks(name, block, share):
-    """It lists 10 blocks: of 1024 x 1024 pairs all that a causal mask leaves of 4096 x 4096."""
-    text = f"""
-ENTRY %main (n: s8[10], q: bf16[2,64,4096,192], k: bf16[2,64,4096,192]) -> bf16[2,64,4096,128] {{
-  %n = s8[10]{{0}} parameter(0)
-  %q = bf16[2,64,4096,192]{{3,2,1,0}} parameter(1)
-  %k = bf16[2,64,4096,192]{{3,2,1,0}} parameter(2)
-  ROOT %{name} = bf16[2,64,4096,128]{{3,2,1,0}} custom-call(%n, %q, %k), custom_call_target="tpu_custom_call", \
-frontend_attributes={{kernel_metadata={{
-"xprof_metadata":"{{\\"block_q\\": 1024, \\"block_kv\\": 1024, \\"block_q_dkv\\": 512, \\"block_kv_dkv\\": 512}}"
-}}}}
-}}
-"""
-    main = Program.from_text(text).computations["main"]
-    assert executed_share(main, main[name]) == share
-    assert executed_share(main, main["q"]) == 1

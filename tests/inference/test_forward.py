@@ -82,7 +82,6 @@ PLANS = {
     "chunks, waiting rows, single tokens": [(7, [3, 7, 0]), (7, [7, 2, 7]), (7, [0, 7, 6]), *[(1, [1, 1, 1])] * 3],
     "drafts of several tokens": [(7, [7, 7, 1]), *[(3, [3, 1, 2]), (3, [2, 3, 3])] * 2],
     "all at once": [(40, [40, 13, 0])],
-    "one by one": [(1, [1, 1, 0])] * 12,
 }
 
 
@@ -93,7 +92,7 @@ def test_any_variant_of_the_model(name):
     same(*run_and_expect(params, cfg, plan))
 
 
-@pytest.mark.parametrize("plan, page_size", [*zip(PLANS, (4, 5, 3, 1), strict=True)])
+@pytest.mark.parametrize("plan, page_size", [*zip(PLANS, (4, 5, 1), strict=True)])
 def test_any_chunking_and_page_size(plan, page_size):
     same(*run_and_expect(parameters(CFG), CFG, PLANS[plan], page_size=page_size))
 
@@ -128,9 +127,12 @@ def test_rows_may_share_the_pages_of_a_prefix():
     tables[1:, :2] = tables[0, :2]
     expected = np.asarray(full(params, CFG, jnp.asarray(tokens)))
     pages = cache.init(CFG, 121, 4)
-    _, pages = step(params, CFG, pages, tokens[:, :8], np.zeros(3, int), np.asarray([8, 0, 0]), tables, 8)
-    got, _ = step(params, CFG, pages, tokens[:, 8:13], np.full(3, 8), np.asarray([5, 3, 5]), tables, 5)
-    for row, n in enumerate([5, 3, 5]):
+    for start, n in ((0, 7), (7, 1)):
+        counts = np.asarray([n, 0, 0])
+        _, pages = step(params, CFG, pages, tokens[:, start : start + 7], np.full(3, start), counts, tables, 7)
+    counts = np.asarray([5, 3, 7])
+    got, _ = step(params, CFG, pages, tokens[:, 8:15], np.full(3, 8), counts, tables, 7)
+    for row, n in enumerate(counts):
         assert np.abs(got[row, :n] - expected[row, 8 : 8 + n]).max() <= 2e-5 * np.abs(expected).max()
 
 

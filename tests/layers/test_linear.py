@@ -18,6 +18,7 @@ CONTRACTIONS = [
     "BTQ,QNX->BTNX",
     "BTD,DX->BTX",
     "BSC,CNX->BSNX",
+    "BSC,NCX->BSNX",
     "BTNW,NWD->BTD",
     "BTNH,CNH->BTNC",
     "BTNC,CNW->BTNW",

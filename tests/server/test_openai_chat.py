@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from kimi_jax.data import tokenizer as tk
+from kimi_jax.server.chat import ChatRequest
 from tests.server.fake import FakeEngine
 
 BYTES = tk.load("bytes")
@@ -344,6 +345,11 @@ def test_wrong_requests_are_refused(changes, param, random_server):
     before = len(random_server.engine.seen)
     assert bad(random_server, **changes) == (400, param)
     assert len(random_server.engine.seen) == before
+
+
+def test_null_stands_for_a_field_left_out(random_server):
+    fields = {name: None for name in ChatRequest.model_fields if name not in ("messages", "model", "max_tokens")}
+    assert random_server.post("/v1/chat/completions", {"messages": ASK, "max_tokens": 1, **fields}).status_code == 200
 
 
 def test_a_loose_tool_with_an_unsupported_keyword_still_works(random_server):

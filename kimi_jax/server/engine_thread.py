@@ -1,0 +1,136 @@
+"""An inference engine on a thread of its own, as the asynchronous engine that the server asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from kimi_jax.inference import request as inference
+from kimi_jax.server.engine import Event, Finished, Load, PromptScores, Sampling, Token
+from kimi_jax.server.errors import ApiError
+
+_IDLE_SECONDS = 0.1
+
+
+class StepEngine(Protocol):
+    """What ``kimi_jax.inference.engine.Engine`` offers."""
+
+    def submit(self, request: inference.Request, /) -> int: ...
+    def cancel(self, id: int, /) -> None: ...
+    def wait(self, timeout_s: float | None, /) -> bool: ...
+    def step(self) -> list[inference.Event]: ...
+    def load(self) -> LoadLike: ...
+
+
+class LoadLike(Protocol):
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def pages_used(self) -> int: ...
+    @property
+    def pages_total(self) -> int: ...
+
+
+class EngineThread:
+    """``with EngineThread(engine, ...)``: one thread takes the steps, events go to the loop that waits for them."""
+
+    def __init__(self, engine: StepEngine, vocab_size: int, max_model_len: int):
+        self.vocab_size, self.max_model_len = vocab_size, max_model_len
+        self._engine = engine
+        self._queues: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue[inference.Event]]] = {}
+        self._lock = threading.Lock()  # so that no event comes before its queue is known
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def __enter__(self) -> EngineThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def load(self) -> Load:
+        load = self._engine.load()
+        return Load(load.running, load.waiting, load.pages_used, load.pages_total)
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Event, None]:
+        queue: asyncio.Queue[inference.Event] = asyncio.Queue()
+        with self._lock:
+            id = self._engine.submit(_request(prompt_ids, sampling))
+            self._queues[id] = asyncio.get_running_loop(), queue
+        finished = False
+        try:
+            while not finished:
+                event = await queue.get()
+                finished = event.finish is not None
+                for one in _events(event, prompt_ids):
+                    yield one
+        finally:
+            with self._lock:
+                del self._queues[id]
+            if not finished:
+                self._engine.cancel(id)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            if self._engine.wait(_IDLE_SECONDS):
+                self._deliver(self._engine.step())
+
+    def _deliver(self, events: list[inference.Event]) -> None:
+        """One call into each loop, however many events there are."""
+        found = defaultdict(list)
+        with self._lock:
+            for event in events:
+                if event.request in self._queues:
+                    loop, queue = self._queues[event.request]
+                    found[loop].append((queue, event))
+        for loop, pairs in found.items():
+            loop.call_soon_threadsafe(_put, pairs)
+
+
+def _put(pairs: list[tuple[asyncio.Queue, inference.Event]]) -> None:
+    for queue, event in pairs:
+        queue.put_nowait(event)
+
+
+def _request(prompt_ids: Sequence[int], sampling: Sampling) -> inference.Request:
+    constraint = sampling.constraint
+    return inference.Request(
+        prompt=tuple(prompt_ids),
+        sampling=inference.Sampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=sampling.logit_bias,
+            seed=sampling.seed,
+            logprobs=sampling.logprobs,
+            prompt_logprobs=sampling.prompt_logprobs,
+        ),
+        max_tokens=sampling.max_tokens,
+        stop_ids=sampling.stop_ids,
+        grammar=(lambda: constraint) if constraint else None,
+    )
+
+
+def _events(event: inference.Event, prompt_ids: Sequence[int]) -> list[Event]:
+    found: list[Event] = []
+    if event.prompt_logprobs:
+        scored = zip(prompt_ids, event.prompt_logprobs, strict=True)
+        found.append(PromptScores(tuple(Token(i, s.logprob, s.top) if s else Token(i) for i, s in scored)))
+    scores = event.logprobs or (None,) * len(event.tokens)
+    found += [Token(i, s.logprob, s.top) if s else Token(i) for i, s in zip(event.tokens, scores, strict=True)]
+    if event.finish in ("error", "cancelled"):
+        raise ApiError(503, event.message or "The request was cancelled.")
+    if event.finish:
+        found.append(Finished("stop" if event.finish == "stop" else "length", event.cached_tokens))
+    return found

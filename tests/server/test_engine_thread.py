@@ -1,0 +1,143 @@
+"""The engine's thread: events reach who asked, cancelling and errors do too."""
+
+import asyncio
+import contextlib
+import threading
+from collections import namedtuple
+
+import pytest
+
+from kimi_jax.errors import UserError
+from kimi_jax.inference.request import Event, Logprob
+from kimi_jax.server.engine import Finished, PromptScores, Sampling, Token
+from kimi_jax.server.engine_thread import EngineThread
+from kimi_jax.server.errors import ApiError
+
+Load = namedtuple("Load", "running waiting pages_used pages_total")
+
+
+class Counter:
+    """Continues [.., n] with n + 1, n + 2, ..; two tokens a step, stop ids and limits observed."""
+
+    def __init__(self):
+        self.work = threading.Condition()
+        self.live, self.cancelled, self.requests, self.n = {}, [], [], 0
+
+    def submit(self, request):
+        if request.prompt[0] == 666:
+            raise UserError("too long")
+        with self.work:
+            self.requests.append(request)
+            self.live[self.n] = [request, 0]
+            self.n += 1
+            self.work.notify_all()
+            return self.n - 1
+
+    def cancel(self, id):
+        with self.work:
+            self.cancelled.append(id)
+            self.live.pop(id, None)
+
+    def wait(self, timeout):
+        with self.work:
+            return self.work.wait_for(lambda: bool(self.live), timeout)
+
+    def load(self):
+        return Load(len(self.live), 1, 2, 3)
+
+    def step(self):
+        with self.work:
+            return [self.advance(id) for id in list(self.live)]
+
+    def advance(self, id):
+        request, done = self.live[id]
+        if request.prompt[0] == 13:
+            del self.live[id]
+            return Event(id, 0, finish="error", message="lost the device")
+        tokens, finish = [], None
+        while len(tokens) < 2 and not finish:
+            tokens.append(request.prompt[-1] + done + 1)
+            done += 1
+            finish = "stop" if tokens[-1] in request.stop_ids else "length" if done == request.max_tokens else None
+        self.live[id][1] = done
+        if finish:
+            del self.live[id]
+        scored = request.sampling.logprobs is not None
+        logprobs = tuple(Logprob(-float(t), ((t, -float(t)),)) for t in tokens) if scored else ()
+        first = done <= 2 and request.sampling.prompt_logprobs is not None
+        prompt = (None, *(Logprob(-float(t), ()) for t in request.prompt[1:])) if first else ()
+        return Event(id, 0, tuple(tokens), "", logprobs, prompt, finish, cached_tokens=5 if finish else 0)
+
+
+async def collect(engine, prompt, **sampling):
+    return [event async for event in engine.generate(prompt, Sampling(**sampling))]
+
+
+@pytest.fixture
+def counter():
+    return Counter()
+
+
+@pytest.fixture
+def engine(counter):
+    with EngineThread(counter, 1000, 100) as engine:
+        yield engine
+
+
+def test_many_at_once(engine):
+    async def run():
+        return await asyncio.gather(*(collect(engine, [10 * i], max_tokens=5) for i in range(50)))
+
+    for i, events in enumerate(asyncio.run(run())):
+        assert events == [*(Token(10 * i + k) for k in range(1, 6)), Finished("length", 5)]
+    assert engine._queues == {}
+
+
+def test_scores_stops_and_parameters(engine, counter):
+    constraint = object()
+    events = asyncio.run(
+        collect(
+            engine,
+            [7, 8],
+            max_tokens=9,
+            stop_ids=frozenset({10}),
+            logprobs=1,
+            prompt_logprobs=0,
+            temperature=0.5,
+            top_k=3,
+            seed=4,
+            logit_bias={1: 2.0},
+            constraint=constraint,
+        )  # fmt: skip
+    )
+    assert events == [
+        PromptScores((Token(7), Token(8, -8.0))),
+        *(Token(9, -9.0, ((9, -9.0),)), Token(10, -10.0, ((10, -10.0),))),
+        Finished("stop", 5),
+    ]
+    request = counter.requests[0]
+    assert (request.sampling.temperature, request.sampling.top_k, request.sampling.seed) == (0.5, 3, 4)
+    assert request.grammar() is constraint and request.sampling.logit_bias == {1: 2.0}
+
+
+def test_closing_cancels(engine, counter):
+    async def run():
+        async with contextlib.aclosing(engine.generate([1], Sampling(max_tokens=10**6))) as events:
+            async for _ in events:
+                break
+
+    asyncio.run(run())
+    assert counter.cancelled == [0] and engine._queues == {}
+
+
+def test_errors_reach_who_asked(engine):
+    with pytest.raises(ApiError, match="lost the device"):
+        asyncio.run(collect(engine, [13], max_tokens=5))
+    with pytest.raises(UserError, match="too long"):
+        asyncio.run(collect(engine, [666], max_tokens=5))
+    assert engine.load().waiting == 1
+
+
+def test_a_constraint_is_absent_unless_given(engine, counter):
+    asyncio.run(collect(engine, [1], max_tokens=1))
+    assert counter.requests[0].grammar is None
