@@ -31,8 +31,8 @@ class Row(NamedTuple):
 class StepPlan(NamedTuple):
     """B rows of T tokens; the position of a sampled token is ``start + length - drafted`` and on.
 
-    The sampling parameters are those of ``sampling.Sampling``, the lists those of ``sampling.Extras``; a list that no
-    row needs is None. Arrays of int32 unless said otherwise.
+    The sampling parameters are those of ``sampling.Sampling``, the lists those of ``sampling.Extras``: None if no row
+    needs any. Arrays of int32 unless said otherwise.
     """
 
     tokens_BT: np.ndarray
@@ -87,6 +87,7 @@ def _read(own_T: np.ndarray, tokens_Tn: np.ndarray, logprobs_Tn: np.ndarray, n: 
     return [Logprob(own, tuple(zip(tokens, found, strict=True))) for own, tokens, found in rows]
 
 
+Lists = np.ndarray | None
 _NEUTRAL = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
@@ -112,29 +113,27 @@ def pack(rows: Many[Row], limits: Limits, T: int, J: int) -> StepPlan:
             )  # fmt: skip
     start_B, length_B, drafted_B, feed_B, top_k_B = np.ascontiguousarray(whole.T)
     temperature_B, top_p_B, min_p_B, repetition_B, presence_B, frequency_B = np.ascontiguousarray(real.T)
-    seen = [row.sequence.seen if row.samples else {} for row in rows]
-    bias = [row.sequence.request.sampling.logit_bias if row.samples else {} for row in rows]
-    seen_BU, times_BU = _lists(seen, B, limits.vocab_size, np.int32)
-    biased_BU, bias_BU = _lists(bias, B, limits.vocab_size, np.float32)
     asked = [max(s.logprobs or 0, s.prompt_logprobs or 0) for s in (row.sequence.request.sampling for row in rows)]
     return StepPlan(
         tokens_BT, start_B, length_B, pages_BP, feed_B, drafted_B, seed_B, temperature_B, top_k_B, top_p_B, min_p_B,
-        repetition_B, presence_B, frequency_B, seen_BU, times_BU, biased_BU, bias_BU, _masks(rows, B, J, limits),
+        repetition_B, presence_B, frequency_B, *_lists(rows, B, limits), _masks(rows, B, J, limits),
         _next(rows, B, T), J, MAX_LOGPROBS if any(asked) else 0,
     )  # fmt: skip
 
 
-def _lists(maps: Many, B: int, padding: int, dtype: type) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Keys and values of each row, padded with an id past the vocabulary."""
-    longest = max(map(len, maps))
+def _lists(rows: Many[Row], B: int, limits: Limits) -> tuple[Lists, Lists, Lists, Lists]:
+    """Tokens seen and how often, tokens with a bias and theirs, all of one width, or none: programs are few."""
+    maps = [(row.sequence.seen, row.sequence.request.sampling.logit_bias) if row.samples else ({}, {}) for row in rows]
+    longest = max(len(found) for pair in maps for found in pair)
     if not longest:
-        return None, None
-    U = padded(longest, sizes(16, max(16, 4 * longest), 4))
-    keys_BU, values_BU = np.full((B, U), padding, np.int32), np.zeros((B, U), dtype)
-    for i, found in enumerate(maps):
-        keys_BU[i, : len(found)] = list(found.keys())
-        values_BU[i, : len(found)] = list(found.values())
-    return keys_BU, values_BU
+        return None, None, None, None
+    U = padded(longest, sizes(16, max(limits.vocab_size, 16), 8))
+    keys_2BU, values_2BU = np.full((2, B, U), limits.vocab_size, np.int32), np.zeros((2, B, U), np.float32)
+    for i, pair in enumerate(maps):
+        for k, found in enumerate(pair):
+            keys_2BU[k, i, : len(found)] = list(found.keys())
+            values_2BU[k, i, : len(found)] = list(found.values())
+    return keys_2BU[0], values_2BU[0].astype(np.int32), keys_2BU[1], values_2BU[1]
 
 
 def _masks(rows: Many[Row], B: int, J: int, limits: Limits) -> np.ndarray | None:

@@ -84,13 +84,11 @@ def feed_forward(
     p: Params, cfg: ModelConfig, x_BTD: Array, run_experts: Callable = experts.run
 ) -> tuple[Array, router.Routing | None]:
     """x plus the block's feed-forward layer, and the routing if there was any."""
-    B, T, D = x_BTD.shape
     h_BTD = rms_norm(x_BTD, p["mlp_norm"], cfg.rms_norm_eps)
     if "mlp" in p:
         return x_BTD + mlp.mlp(p["mlp"], h_BTD), None
-    routing = router.route(p["moe"]["router"], cfg, h_BTD.reshape(-1, D))
-    chosen = (a.reshape(B, T, -1) for a in (routing.weights_MK, routing.experts_MK))
-    y_BTD = run_experts(p["moe"]["experts"], cfg, h_BTD, *chosen)
+    routing = router.route(p["moe"]["router"], cfg, h_BTD)
+    y_BTD = run_experts(p["moe"]["experts"], cfg, h_BTD, routing.weights_BTK, routing.experts_BTK)
     if cfg.n_shared_experts:
         y_BTD = y_BTD + mlp.mlp(p["moe"]["shared"], h_BTD)
     return x_BTD + y_BTD, routing
@@ -116,5 +114,4 @@ class Block(nn.Module):
         valid_BT = segment_ids_BT > 0
         load_BE = router.loads(routing, valid_BT)
         loss = router.sequence_balance_loss(routing, load_BE, valid_BT)
-        experts_BTK = routing.experts_MK.reshape(*valid_BT.shape, -1)
-        return x_BTD, BlockStats(max_logits_BN, jnp.sum(load_BE, axis=0), loss, experts_BTK)
+        return x_BTD, BlockStats(max_logits_BN, jnp.sum(load_BE, axis=0), loss, routing.experts_BTK)

@@ -20,9 +20,9 @@ from kimi_jax.dims import BUFFER, Array, Params, ParamSpec, Specs
 
 
 class Routing(NamedTuple):
-    experts_MK: Array  # int32, which experts each token goes to
-    weights_MK: Array  # f32, how much each counts
-    scores_ME: Array  # f32, sigmoid scores of all experts
+    experts_BTK: Array  # int32, which experts each token goes to
+    weights_BTK: Array  # f32, how much each counts
+    scores_BTE: Array  # f32, sigmoid scores of all experts
 
 
 def specs(cfg: ModelConfig) -> Specs:
@@ -33,26 +33,26 @@ def specs(cfg: ModelConfig) -> Specs:
     }
 
 
-def route(p: Params, cfg: ModelConfig, x_MD: Array) -> Routing:
-    logits_ME = jnp.einsum(
-        "MD,DE->ME",
-        x_MD.astype(jnp.float32),
+def route(p: Params, cfg: ModelConfig, x_BTD: Array) -> Routing:
+    logits_BTE = jnp.einsum(
+        "BTD,DE->BTE",
+        x_BTD.astype(jnp.float32),
         p["weight"].astype(jnp.float32),
         precision=lax.Precision.HIGHEST,
     )
-    scores_ME = jax.nn.sigmoid(logits_ME)
-    _, experts_MK = lax.top_k(lax.stop_gradient(scores_ME + p["bias"]), cfg.num_experts_per_tok)
-    weights_MK = jnp.take_along_axis(scores_ME, experts_MK, axis=-1)
+    scores_BTE = jax.nn.sigmoid(logits_BTE)
+    _, experts_BTK = lax.top_k(lax.stop_gradient(scores_BTE + p["bias"]), cfg.num_experts_per_tok)
+    weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
     if cfg.norm_topk_prob:
-        weights_MK /= jnp.sum(weights_MK, axis=-1, keepdims=True) + 1e-20
-    return Routing(experts_MK, weights_MK * cfg.routed_scaling_factor, scores_ME)
+        weights_BTK /= jnp.sum(weights_BTK, axis=-1, keepdims=True) + 1e-20
+    return Routing(experts_BTK, weights_BTK * cfg.routed_scaling_factor, scores_BTE)
 
 
 def loads(routing: Routing, valid_BT: Array) -> Array:
     """How many valid tokens of each sequence go to each expert, [B, E] f32."""
-    B, T = valid_BT.shape
-    E = routing.scores_ME.shape[-1]
-    per_row_BTK = routing.experts_MK.reshape(B, T, -1) + E * jnp.arange(B)[:, None, None]
+    B = len(valid_BT)
+    E = routing.scores_BTE.shape[-1]
+    per_row_BTK = routing.experts_BTK + E * jnp.arange(B)[:, None, None]
     counts = jnp.zeros(B * E, jnp.float32).at[per_row_BTK].add(valid_BT[..., None].astype(jnp.float32))
     return counts.reshape(B, E)
 
@@ -62,9 +62,8 @@ def sequence_balance_loss(routing: Routing, load_BE: Array, valid_BT: Array) -> 
 
     1 when perfectly balanced (DeepSeek-V3, equations 17 to 20, without the weight alpha). T counts valid tokens.
     """
-    B, T = valid_BT.shape
-    E, K = routing.scores_ME.shape[-1], routing.experts_MK.shape[-1]
-    share_BTE = (routing.scores_ME / (jnp.sum(routing.scores_ME, axis=-1, keepdims=True) + 1e-20)).reshape(B, T, E)
+    E, K = routing.scores_BTE.shape[-1], routing.experts_BTK.shape[-1]
+    share_BTE = routing.scores_BTE / (jnp.sum(routing.scores_BTE, axis=-1, keepdims=True) + 1e-20)
     n_B = jnp.sum(valid_BT, axis=1, dtype=jnp.float32)
     some_B1 = jnp.maximum(n_B, 1.0)[:, None]
     f_BE = lax.stop_gradient(load_BE) * E / (K * some_B1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
@@ -13,6 +14,7 @@ from kimi_jax.server.engine import Event, Finished, Load, PromptScores, Sampling
 from kimi_jax.server.errors import ApiError
 
 _IDLE_SECONDS = 0.1
+log = logging.getLogger("kimi_jax.server")
 
 
 class StepEngine(Protocol):
@@ -56,12 +58,14 @@ class EngineThread:
         self._thread.join()
 
     def load(self) -> Load:
+        self._check()
         load = self._engine.load()
         return Load(load.running, load.waiting, load.pages_used, load.pages_total)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Event, None]:
         queue: asyncio.Queue[inference.Event] = asyncio.Queue()
         with self._lock:
+            self._check()
             id = self._engine.submit(_request(prompt_ids, sampling))
             self._queues[id] = asyncio.get_running_loop(), queue
         finished = False
@@ -77,10 +81,21 @@ class EngineThread:
             if not finished:
                 self._engine.cancel(id)
 
+    def _check(self) -> None:
+        if self._stopping.is_set():
+            raise ApiError(503, "The engine has stopped.")
+
     def _run(self) -> None:
-        while not self._stopping.is_set():
-            if self._engine.wait(_IDLE_SECONDS):
-                self._deliver(self._engine.step())
+        try:
+            while not self._stopping.is_set():
+                if self._engine.wait(_IDLE_SECONDS):
+                    self._deliver(self._engine.step())
+        except Exception:
+            log.exception("the engine has stopped")
+        with self._lock:
+            self._stopping.set()
+            left = list(self._queues)
+        self._deliver([inference.Event(id, 0, finish="error", message="The engine has stopped.") for id in left])
 
     def _deliver(self, events: list[inference.Event]) -> None:
         """One call into each loop, however many events there are."""

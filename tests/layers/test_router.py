@@ -11,7 +11,7 @@ from kimi_jax import presets
 from kimi_jax.layers.router import Routing, loads, route, sequence_balance_loss, updated_bias
 
 CFG = presets.tiny().replace(hidden_size=12, n_routed_experts=9, num_experts_per_tok=3, routed_scaling_factor=2.5)
-M, D, E, K = 40, 12, 9, 3
+B, T, D, E, K = 2, 20, 12, 9, 3
 
 
 def parameters(bias_std: float):
@@ -21,14 +21,14 @@ def parameters(bias_std: float):
 
 
 def tokens(dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(1).standard_normal((M, D)), dtype)
+    return jnp.asarray(np.random.default_rng(1).standard_normal((B, T, D)), dtype)
 
 
 def reference(p, x, normalise=True):
     """(experts of each token as a set, weight of each of them), one token at a time in float64."""
     x, weight, bias = (np.asarray(a, np.float64) for a in (x, p["weight"], p["bias"]))
     found = []
-    for score in 1 / (1 + np.exp(-(x @ weight))):
+    for score in (1 / (1 + np.exp(-(x @ weight)))).reshape(B * T, E):
         chosen = sorted(range(E), key=lambda e, score=score: -(score[e] + bias[e]))[:K]
         total = sum(score[e] for e in chosen) if normalise else 1.0
         found.append({e: 2.5 * score[e] / total for e in chosen})
@@ -41,8 +41,8 @@ def reference(p, x, normalise=True):
 def test_route(dtype, normalise, bias_std):
     p, x = parameters(bias_std), tokens(dtype)
     routing = route(p, CFG.replace(norm_topk_prob=normalise), x)
-    assert routing.weights_MK.dtype == routing.scores_ME.dtype == jnp.float32
-    experts, weights = np.asarray(routing.experts_MK), np.asarray(routing.weights_MK)
+    assert routing.weights_BTK.dtype == routing.scores_BTE.dtype == jnp.float32
+    experts, weights = (np.asarray(a).reshape(B * T, K) for a in (routing.experts_BTK, routing.weights_BTK))
     for row, expected in enumerate(reference(p, x, normalise)):
         ours = dict(zip(experts[row].tolist(), weights[row].tolist(), strict=True))
         assert ours == pytest.approx(expected, rel=2e-6)
@@ -52,24 +52,23 @@ def test_bias_steers_the_choice_and_nothing_else():
     p, x = parameters(0.0), tokens()
     forced = {**p, "bias": jnp.full(E, -9.0).at[jnp.asarray([1, 4, 8])].set(9.0)}
     routing = route(forced, CFG, x)
-    assert (np.sort(routing.experts_MK, axis=-1) == [1, 4, 8]).all()
-    np.testing.assert_allclose(np.sum(routing.weights_MK, axis=-1), 2.5, rtol=1e-6)
-    scores = np.take_along_axis(np.asarray(route(p, CFG, x).scores_ME), np.asarray(routing.experts_MK), axis=-1)
-    np.testing.assert_allclose(routing.weights_MK, 2.5 * scores / scores.sum(axis=-1, keepdims=True), rtol=1e-6)
+    assert (np.sort(routing.experts_BTK, axis=-1) == [1, 4, 8]).all()
+    np.testing.assert_allclose(np.sum(routing.weights_BTK, axis=-1), 2.5, rtol=1e-6)
+    scores = np.take_along_axis(np.asarray(route(p, CFG, x).scores_BTE), np.asarray(routing.experts_BTK), axis=-1)
+    np.testing.assert_allclose(routing.weights_BTK, 2.5 * scores / scores.sum(axis=-1, keepdims=True), rtol=1e-6)
 
 
 def test_gradients_reach_the_weight_and_not_the_bias():
     p, x = parameters(0.3), tokens()
-    mix = jnp.asarray(np.random.default_rng(2).standard_normal((M, K)), jnp.float32)
-    dp, dx = jax.jit(jax.grad(lambda p, x: jnp.sum(mix * route(p, CFG, x).weights_MK), (0, 1)))(p, x)
+    mix = jnp.asarray(np.random.default_rng(2).standard_normal((B, T, K)), jnp.float32)
+    dp, dx = jax.jit(jax.grad(lambda p, x: jnp.sum(mix * route(p, CFG, x).weights_BTK), (0, 1)))(p, x)
     assert not np.asarray(dp["bias"]).any()
 
-    experts = np.asarray(route(p, CFG, x).experts_MK)
+    experts = np.asarray(route(p, CFG, x).experts_BTK)
     x, weight, mix = (np.asarray(a, np.float64) for a in (x, p["weight"], mix))
-    rows = np.arange(M)[:, None]
 
     def loss(x, weight):
-        score = (1 / (1 + np.exp(-(x @ weight))))[rows, experts]
+        score = np.take_along_axis(1 / (1 + np.exp(-(x @ weight))), experts, axis=-1)
         return np.sum(mix * 2.5 * score / score.sum(axis=-1, keepdims=True))
 
     for ours, at, other in ((dp["weight"], weight, lambda w: loss(x, w)), (dx, x, lambda y: loss(y, weight))):
@@ -79,7 +78,9 @@ def test_gradients_reach_the_weight_and_not_the_bias():
             assert np.sum(np.asarray(ours, np.float64) * direction) == pytest.approx(slope, rel=1e-5)
 
 
-def routing_of(scores: np.ndarray, experts: np.ndarray) -> Routing:
+def routing_of(scores: np.ndarray, experts: np.ndarray, n_sequences: int = 1) -> Routing:
+    """Of flat tokens, cut into sequences."""
+    scores, experts = (a.reshape(n_sequences, -1, a.shape[-1]) for a in (scores, experts))
     return Routing(jnp.asarray(experts), jnp.ones(experts.shape), jnp.asarray(scores, jnp.float32))
 
 
@@ -102,7 +103,7 @@ def test_loads_and_balance_loss_by_brute_force():
             mean_share += valid[b, t] * scores[b * T + t] / scores[b * T + t].sum() / n
         losses.append(sum(E / (K * n) * load[b, e] * mean_share[e] for e in range(E)))
 
-    routing = routing_of(scores, experts)
+    routing = routing_of(scores, experts, B)
     found = loads(routing, jnp.asarray(valid))
     np.testing.assert_array_equal(found, load)
     loss = sequence_balance_loss(routing, found, jnp.asarray(valid))
@@ -121,7 +122,7 @@ def test_balance_loss_is_one_when_balanced_and_more_when_not():
 
 
 def test_balance_loss_of_padding_alone_is_zero_with_finite_gradients():
-    x, valid = tokens(), jnp.zeros((2, M // 2), bool)
+    x, valid = tokens(), jnp.zeros((B, T), bool)
 
     def loss(p):
         routing = route(p, CFG, x)

@@ -138,6 +138,26 @@ def test_errors_reach_who_asked(engine):
     assert engine.load().waiting == 1
 
 
+def test_an_engine_that_breaks_leaves_nobody_waiting(engine, counter):
+    def broken():
+        raise RuntimeError("bug")
+
+    async def run():
+        events = engine.generate([1], Sampling(max_tokens=10**6))
+        await anext(events)
+        counter.step = broken
+        async for _ in events:
+            pass
+
+    with pytest.raises(ApiError, match="has stopped"):
+        asyncio.run(run())
+    engine._thread.join(5)
+    with pytest.raises(ApiError, match="has stopped"):
+        asyncio.run(collect(engine, [1], max_tokens=1))
+    with pytest.raises(ApiError, match="has stopped"):
+        engine.load()
+
+
 def test_a_constraint_is_absent_unless_given(engine, counter):
     asyncio.run(collect(engine, [1], max_tokens=1))
     assert counter.requests[0].grammar is None
