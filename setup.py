@@ -22,6 +22,7 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
+    "pyyaml>=6",
     "regex>=2024.4",
     "s3fs>=2025.3",
     "moto[server]>=5",

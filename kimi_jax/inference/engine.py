@@ -62,7 +62,7 @@ class Engine:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Whether there is something to do, waiting for it if need be."""
         with self._work:
-            return self._work.wait_for(lambda: not self._scheduler.idle, timeout_s)
+            return self._work.wait_for(lambda: not self._scheduler.idle or self._scheduler.has_events, timeout_s)
 
     def step(self) -> list[Event]:
         """Starts one step and waits for the one before it. If the device fails, every request ends with an error."""

@@ -90,8 +90,12 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether neither requests nor steps nor events are left."""
-        return not (self._unfinished or self._in_flight or self._events)
+        """Whether neither requests nor steps are left."""
+        return not self._unfinished and not self._in_flight
+
+    @property
+    def has_events(self) -> bool:
+        return bool(self._events)
 
     @property
     def runs_ahead(self) -> bool:

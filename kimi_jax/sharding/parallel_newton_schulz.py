@@ -85,7 +85,7 @@ def _orthogonalised(m: Array, spread: Spread, mesh: Mesh, rms: float, steps: int
     for side, axis in sorted(sides, key=lambda found: found[1] not in (*spread.rows, *spread.columns)):
         x_Snm, back = _deal_side(x_Snm, axis, side, spread)
         way_back.append(back)
-    x_Snm = iterate(x_Snm, steps, _blocks(dealt))
+    x_Snm = lax.map(lambda x_nm: iterate(x_nm[None], steps, _blocks(dealt))[0], x_Snm)  # what is f32 is small
     for back in reversed(way_back):
         x_Snm = back(x_Snm)
     x_Snm = rms * max(sizes) ** 0.5 * x_Snm.astype(jnp.float32)

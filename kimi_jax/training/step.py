@@ -149,7 +149,7 @@ def train_step(
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
     limit = cfg.optimizer.max_grad_norm
     scale = 1.0 if limit is None else jnp.minimum(1.0, limit / jnp.maximum(grad_norm, 1e-12))
-    grads = jax.tree.map(lambda g: g * scale, sums.grads)
+    grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), sums.grads)
     updates, opt_state = optimizer(cfg, ops).update(grads, state.opt_state, state.params, max_logits=sums.max_logits_LN)
     params = _with_new_bias(optax.apply_updates(state.params, updates), sums.load_LE, cfg.bias_update_rate)
     new = TrainState(state.step + 1, params, opt_state)

@@ -1,0 +1,70 @@
+"""The server over the real engine and random weights."""
+
+import asyncio
+import json
+
+import jsonschema
+import openai
+import pytest
+
+from kimi_jax.data import tokenizer as tk
+from kimi_jax.inference.engine import Engine
+from kimi_jax.inference.limits import Limits
+from kimi_jax.server.engine_thread import EngineThread
+from tests.inference.test_decode import CFG, parameters
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 5}, "n": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["city", "n"],
+}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}]
+
+
+@pytest.fixture(scope="module")
+def server(serve):
+    cfg = CFG.replace(vocab_size=512, max_position_embeddings=4096)
+    limits = Limits(n_pages=700, page_size=16, max_len=2048, vocab_size=512, max_rows=8, step_tokens=64)
+    with EngineThread(Engine(parameters(cfg), cfg, limits), 512, 2048) as engine:
+        engine.tokenizer = tk.load("bytes")  # type: ignore[attr-defined]
+        with serve(engine) as running:
+            yield running
+            assert (engine.load().running, engine.load().waiting, engine.load().pages_used) == (0, 0, 0)
+
+
+def ask(text):
+    return {"model": "kimi", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 20}
+
+
+@pytest.mark.slow
+def test_greedy_answers_under_load_equal_those_alone(server):
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", timeout=300)
+
+    async def one(i):
+        answer = await client.chat.completions.create(**ask(f"q{i}"), extra_body={"return_token_ids": True})
+        return answer.choices[0].token_ids
+
+    async def both():
+        return await asyncio.gather(*map(one, range(12))), [await one(i) for i in range(12)]
+
+    together, alone = asyncio.run(both())
+    assert together == alone
+
+
+@pytest.mark.slow
+def test_forced_calls_of_random_weights_validate(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", timeout=300)
+    for seed in range(4):
+        forced = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+        request = {**ask("hi"), **forced, "temperature": 1, "seed": seed, "max_tokens": 1500}
+        (call,) = client.chat.completions.create(**request).choices[0].message.tool_calls
+        jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+
+
+@pytest.mark.slow
+def test_prompts_are_scored(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", timeout=300)
+    request = {"model": "kimi", "prompt": "hello world", "echo": True, "logprobs": 1, "temperature": 0}
+    scores = [client.completions.create(**request, max_tokens=n).choices[0].logprobs for n in (0, 1)]
+    assert scores[0].token_logprobs == scores[1].token_logprobs[:-1] and scores[0].token_logprobs[0] is None
+    assert all(value < 0 for value in scores[0].token_logprobs[1:])
