@@ -18,6 +18,7 @@ CORE = [
 DATA = ["grain>=0.2.18", "tiktoken>=0.14", "pyarrow>=21"]
 REPORT = ["tensorboardX>=2.6.5", "matplotlib>=3.10", "tqdm>=4.67"]
 TPU = ["jax[tpu]", "tokamax>=0.0.12"]
+SERVE = ["fastapi>=0.120", "uvicorn>=0.35", "llguidance>=1.3", "prometheus-client>=0.22"]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -27,6 +28,12 @@ TEST = [
     "s3fs>=2025.3",
     "moto[server]>=5",
     *TPU,
+    *SERVE,
+    "openai>=2",
+    "anthropic>=0.80",
+    "httpx>=0.28",
+    "jsonschema>=4.25",
+    "jinja2>=3.1",
     "ruff==0.17.6",
     "pyright[nodejs]==1.1.414",
 ]
@@ -45,6 +52,7 @@ setup(
     extras_require={
         "tpu": TPU,
         "aot": TPU,
+        "serve": SERVE,
         "test": TEST,
         "parity": PARITY,
     },
