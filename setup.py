@@ -18,7 +18,7 @@ CORE = [
 DATA = ["grain>=0.2.18", "tiktoken>=0.14", "pyarrow>=21"]
 REPORT = ["tensorboardX>=2.6.5", "matplotlib>=3.10", "tqdm>=4.67"]
 TPU = ["jax[tpu]", "tokamax>=0.0.12"]
-SERVE = ["fastapi>=0.120", "uvicorn>=0.35", "llguidance>=1.3", "prometheus-client>=0.22"]
+SERVE = ["fastapi>=0.120", "uvicorn>=0.35", "llguidance>=1.9", "prometheus-client>=0.22", "pydantic>=2.11"]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -34,6 +34,7 @@ TEST = [
     "httpx>=0.28",
     "jsonschema>=4.25",
     "jinja2>=3.1",
+    "playwright>=1.50",
     "ruff==0.17.6",
     "pyright[nodejs]==1.1.414",
 ]
@@ -48,6 +49,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["kimi_jax", "kimi_jax.*"]),
+    package_data={"kimi_jax.server": ["page.html"]},
     install_requires=CORE + DATA + REPORT,
     extras_require={
         "tpu": TPU,
