@@ -48,7 +48,8 @@ def counts(own_E: Array) -> Counts:
 
 
 class Journey(Protocol):
-    experts_R: Array  # the expert of every row that arrives, counted on its device; E / J where there is no row
+    @property
+    def experts_R(self) -> Array: ...  # of every row that arrives, counted on its device; E / J where there is no row
 
     def there(self, rows_AX: Array) -> Array: ...
 

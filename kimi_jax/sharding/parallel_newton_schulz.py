@@ -71,12 +71,12 @@ def _orthogonalised(m: Array, spread: Spread, mesh: Mesh, rms: float, steps: int
     """rms sqrt(max(n, m)) NewtonSchulz of this device's part of the matrices, of which it gets its part back."""
     x_Snm = m.reshape(-1, *m.shape[-2:])
     squares_S = lax.psum(sum_of_squares(x_Snm), (*spread.rows, *spread.columns))
-    sizes = [m.shape[-2] * _devices(mesh, spread.rows), m.shape[-1] * _devices(mesh, spread.columns)]
-    tall = sizes[0] > sizes[1]
+    rows, columns = m.shape[-2] * _devices(mesh, spread.rows), m.shape[-1] * _devices(mesh, spread.columns)
+    tall = rows > columns
     x_Snm = scaled(x_Snm, squares_S).astype(dtype)
     if tall:
-        x_Snm, spread, sizes = x_Snm.swapaxes(1, 2), spread.transposed, sizes[::-1]
-    dealt = deal(len(x_Snm), *sizes, spread, mesh)
+        x_Snm, spread = x_Snm.swapaxes(1, 2), spread.transposed
+    dealt = deal(len(x_Snm), min(rows, columns), max(rows, columns), spread, mesh)
     way_back: list[Callable[[Array], Array]] = []
     for axis in dealt.stack:
         x_Snm, back = _deal_stack(x_Snm, axis, spread)
@@ -88,7 +88,7 @@ def _orthogonalised(m: Array, spread: Spread, mesh: Mesh, rms: float, steps: int
     x_Snm = lax.map(lambda x_nm: iterate(x_nm[None], steps, _blocks(dealt))[0], x_Snm)  # what is f32 is small
     for back in reversed(way_back):
         x_Snm = back(x_Snm)
-    x_Snm = rms * max(sizes) ** 0.5 * x_Snm.astype(jnp.float32)
+    x_Snm = rms * max(rows, columns) ** 0.5 * x_Snm.astype(jnp.float32)
     return (x_Snm.swapaxes(1, 2) if tall else x_Snm).reshape(m.shape)
 
 

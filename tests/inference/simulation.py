@@ -25,10 +25,11 @@ def logprob(text: Sequence[int], token: int) -> float:
     return -float(zlib.crc32(repr((list(map(int, text)), int(token))).encode()) % 1000) / 64
 
 
-def alone(request: Request, sample: int, vocab: int, most: int, seed: int | None = None) -> list[int]:
+def alone(request: Request, sample: int, vocab: int, most: int) -> list[int]:
     """Tokens of one continuation, for at most ``most`` tokens in all."""
     s = request.sampling
-    seed = row_seed(s.seed if seed is None else seed, sample)
+    assert s.seed is not None
+    seed = row_seed(s.seed, sample)
     text, grammar = list(request.prompt), request.grammar() if request.grammar else None
     last = most if request.max_tokens is None else len(text) + request.max_tokens
     while len(text) < last:
