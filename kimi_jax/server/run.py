@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from types import FrameType
 
@@ -35,4 +36,8 @@ def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000, drain_seconds
         timeout_graceful_shutdown=drain_seconds,
         server_header=False,
     )
-    _Server(config).run()
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises what it was told once more when it is done
+    try:
+        _Server(config).run()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,69 @@
+"""python -m kimi_jax.serve: from weights on disk to the official client, and out with a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from kimi_jax import presets
+from tests.checkpoint.examples import random_tensors, save_hf
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "kimi_jax.serve", *arguments]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--checkpoint", "nowhere"), 1, "nowhere"),
+        ((), 2, "--checkpoint"),
+        (("--checkpoint", "nowhere", "--port", "many"), 2, "--port"),
+    ],
+)
+def test_bad_requests(arguments, code, says):
+    run = subprocess.run(command(*arguments), cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert says in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_answers(tmp_path):
+    model = presets.tiny().replace(vocab_size=512)
+    save_hf(tmp_path / "hf", {name: w * 0.1 for name, w in random_tensors(model).items()}, model)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ("--checkpoint", str(tmp_path / "hf"), "--tokenizer", "bytes", "--port", str(port), "--api-key", "k")
+    arguments += ("--max-model-len", "512", "--cache-tokens", "1024", "--max-rows", "4")
+    with subprocess.Popen(command(*arguments), cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True) as process:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                httpx.get(url + "/ready")
+                break
+            except httpx.TransportError:
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                time.sleep(0.1)
+        client = openai.OpenAI(base_url=url + "/v1", api_key="k", max_retries=0)
+        ask = dict(model="kimi_jax", prompt="ab", max_tokens=5, temperature=0)
+        first, again = (client.completions.create(**ask) for _ in range(2))  # type: ignore[call-overload]
+        assert first.choices[0].text == again.choices[0].text and first.usage.prompt_tokens == 2
+        streamed = client.completions.create(**ask, stream=True)  # type: ignore[call-overload]
+        assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == first.choices[0].text
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=url + "/v1", api_key="wrong", max_retries=0).models.list()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
