@@ -32,8 +32,9 @@ def test_serving_splits_the_experts_alone(n):
 
 def test_training_splits_every_matrix_and_no_mesh_axis_twice():
     mesh = AbstractMesh((2, 3, 2, 2, 2), AXES)
-    assert partition(STACK, mesh, TRAIN) == PartitionSpec(None, "expert", "fsdp", "tensor")
-    assert partition(HEAD, mesh, TRAIN) == PartitionSpec(("fsdp", "expert"), "tensor")
+    assert partition(STACK, mesh, TRAIN) == PartitionSpec(None, "expert", ("fsdp", "context"), "tensor")
+    head = ParamSpec((12, 10), ("embed", "vocab"), 1.0)
+    assert partition(head, mesh, TRAIN) == PartitionSpec(("fsdp", "context", "expert"), "tensor")
     assert partition(ParamSpec((3, 6), ("layers", "embed"), fill=1.0), mesh, TRAIN) == PartitionSpec(None, None)
 
 
