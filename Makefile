@@ -8,7 +8,6 @@ VERSIONS ?= 3.13 3.12 3.11 3.14
 WORKERS  ?= 2
 WORKDIR  ?= runs/demo
 ARGS     ?=
-PYTEST   ?=
 
 # A shim can exist without a Python behind it, and a Python without venv: each candidate has to run.
 PYTHON ?= $(shell for v in $(VERSIONS); do \
@@ -22,7 +21,7 @@ SOURCES := $(wildcard kimi_jax configs tests benchmarks tools setup.py)
 
 # Tests on eight virtual devices need a process of their own.
 define pytest
-$(BIN)/python -m pytest -n $(WORKERS) $(1) $(PYTEST)
+$(BIN)/python -m pytest -n $(WORKERS) $(1)
 $(if $(wildcard tests/multidevice),$(BIN)/python -m pytest -n $(WORKERS) $(1) tests/multidevice)
 endef
 
@@ -33,7 +32,6 @@ help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 	@echo
 	@echo '  ARGS="..."        more arguments for training, such as ARGS="--config.steps=20"'
-	@echo '  PYTEST="..."      more arguments for pytest, such as PYTEST="-k exchange"'
 	@echo '  PYTHON=...        the Python to create $(VENV) with (default: the first of $(VERSIONS) that runs)'
 
 demo: $(VENV)/.core ## train a small Kimi-K2 on real text with MuonClip, here, in minutes
