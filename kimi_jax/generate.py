@@ -34,29 +34,14 @@ def main() -> None:
 
 
 def generate(args) -> None:
-    import jax
-
-    from kimi_jax.data import tokenizer as tokenizers
-    from kimi_jax.host_memory import keep_freed_memory
     from kimi_jax.inference import decode
-    from kimi_jax.loading import load, tokenizer_of
-    from kimi_jax.model import in_compute_dtype
+    from kimi_jax.loading import load_to_generate
 
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-    spec = args.tokenizer or tokenizer_of(args.checkpoint)
-    if spec is None:
-        raise UserError(f"{args.checkpoint} names no tokenizer: give one with --tokenizer")
-    tokenizer = tokenizers.load(spec)
-    model, params = load(args.checkpoint, dtype=args.dtype)
-    cfg = model.cfg
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {cfg.vocab_size}")
+    tokenizer, cfg, params = load_to_generate(args.checkpoint, args.tokenizer, args.dtype)
     prompt = tokenizer.encode(args.prompt) or [tokenizer.bos]
     room = cfg.max_position_embeddings - args.max_new_tokens
     if len(prompt) > room:
         raise UserError(f"the prompt has {len(prompt)} tokens; with --max-new-tokens there is room for {room}")
-    params = jax.jit(lambda p: in_compute_dtype(cfg, p))(params)
     tokens = decode.generate(
         params, cfg, [prompt], new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed
     )

@@ -40,25 +40,11 @@ def serve(args) -> None:
         from kimi_jax.server.service import Service
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'kimi_jax[serve]'") from error
-    import jax
-
-    from kimi_jax.data import tokenizer as tokenizers
-    from kimi_jax.host_memory import keep_freed_memory
     from kimi_jax.inference.engine import Engine
     from kimi_jax.inference.limits import Limits
-    from kimi_jax.loading import load, tokenizer_of
-    from kimi_jax.model import in_compute_dtype
+    from kimi_jax.loading import load_to_generate
 
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-    spec = args.tokenizer or tokenizer_of(args.checkpoint)
-    if spec is None:
-        raise UserError(f"{args.checkpoint} names no tokenizer: give one with --tokenizer")
-    tokenizer = tokenizers.load(spec)
-    model, params = load(args.checkpoint, dtype=args.dtype)
-    cfg = model.cfg
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {cfg.vocab_size}")
+    tokenizer, cfg, params = load_to_generate(args.checkpoint, args.tokenizer, args.dtype)
     limits = Limits(
         n_pages=1 + -(-args.cache_tokens // PAGE_SIZE),
         page_size=PAGE_SIZE,
@@ -66,7 +52,6 @@ def serve(args) -> None:
         vocab_size=cfg.vocab_size,
         max_rows=args.max_rows,
     )
-    params = jax.jit(lambda p: in_compute_dtype(cfg, p))(params)
     with EngineThread(Engine(params, cfg, limits), cfg.vocab_size, limits.max_len) as engine:
         service = Service(engine, tokenizer, args.model_name or ["kimi_jax"])
         run.serve(create_app(service, Settings(api_keys=tuple(args.api_key))), args.host, args.port)

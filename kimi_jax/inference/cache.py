@@ -59,8 +59,3 @@ def gather(cache_LPGX: Array, layer: Array | int, pages_BP: Array) -> Array:
     """The slots of every row's pages in order of position, [B, S, X] with S = pages * slots."""
     kv_BPGX = cache_LPGX[layer, pages_BP]
     return kv_BPGX.reshape(kv_BPGX.shape[0], -1, kv_BPGX.shape[-1])
-
-
-def copy_pages(cache_LPGX: Array, source_P: Array, target_P: Array) -> Array:
-    """Copies whole pages in every layer, for a request that writes to a page it shares. (0, 0) copies nothing."""
-    return cache_LPGX.at[:, target_P].set(cache_LPGX[:, source_P])

@@ -38,14 +38,6 @@ def test_what_is_written_at_a_position_is_gathered_there(page_size):
     assert not np.asarray(pages)[:, unused].any()
 
 
-def test_copies_of_pages():
-    rng = np.random.default_rng(1)
-    before = rng.standard_normal(cache.shape(CFG, 6, 2)).astype(np.float32)
-    after = np.asarray(cache.copy_pages(jnp.asarray(before), jnp.asarray([2, 3, 0]), jnp.asarray([5, 1, 0])))
-    np.testing.assert_array_equal(after[:, [5, 1]], before[:, [2, 3]])
-    np.testing.assert_array_equal(after[:, [0, 2, 3, 4]], before[:, [0, 2, 3, 4]])
-
-
 def test_the_memory_of_a_token_of_the_released_model():
     """576 numbers in each of 61 layers: 70,272 bytes in bf16."""
     assert cache.n_bytes(presets.kimi_k2_1t(), 3, 64) == 3 * 64 * 70_272
