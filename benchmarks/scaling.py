@@ -41,7 +41,10 @@ CONFIGURATIONS = {  # one microbatch, so that bytes and seconds are those of the
     "v5p-512": Configuration("v5p:8x8x8", "batch_size=2048 accumulation=1"),
     "v5p-1024": Configuration("v5p:8x8x16", "mesh.fsdp=8 batch_size=4096 accumulation=1"),
     "tpu7x-256": Configuration("tpu7x:4x8x8", "batch_size=4096 accumulation=1"),
-    "v6e-256": Configuration("v6e:16x16", "mesh.fsdp=4 mesh.expert=64 batch_size=256 accumulation=1"),
+    "v6e-256": Configuration(
+        "v6e:16x16",
+        "mesh.fsdp=1 mesh.context=2 batch_size=128 accumulation=1 model.param_dtype=bfloat16 model.remat=offload",
+    ),
     "v5p-512-32k": Configuration(
         "v5p:8x8x8", "mesh.fsdp=2 mesh.expert=64 mesh.context=4 batch_size=256 accumulation=1 seq_len=32768"
     ),

@@ -78,7 +78,9 @@ def ours(shape: str, only: set[str], dtypes: list[str], repeats: int) -> None:
 
     from kimi_jax.data.packing import Batch
     from kimi_jax.host_memory import keep_freed_memory
-    from kimi_jax.inference import decode
+    from kimi_jax.inference import offline
+    from kimi_jax.inference.engine import Engine
+    from kimi_jax.inference.request import Request
     from kimi_jax.model import KimiK2, in_compute_dtype
     from kimi_jax.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
     from kimi_jax.training.step import batch_sums, init_state, train_step
@@ -130,13 +132,14 @@ def ours(shape: str, only: set[str], dtypes: list[str], repeats: int) -> None:
             if f"decode_{size}" not in only:
                 continue
             weights = jax.jit(partial(in_compute_dtype, cfg))(params)
-            prompts = ids[:1, :PROMPT].repeat(size, axis=0).tolist()
+            requests = [Request(tuple(ids[0, :PROMPT].tolist()), max_tokens=NEW + 1)] * size
+            engine = Engine(weights, cfg, offline.limits_for(requests, cfg))
 
-            def steps(weights=weights, prompts=prompts, cfg=cfg):
-                found = decode.generate(weights, cfg, prompts, new_tokens=NEW + 1)
-                next(found)  # the prompt
+            def steps(engine=engine, requests=requests):
+                events = engine.generate(requests)
+                next(events)  # the first of the step that ends the prompts
                 before = clock()
-                collections.deque(found, maxlen=0)
+                collections.deque(events, maxlen=0)
                 return [b - a for a, b in zip(before, clock(), strict=True)]
 
             steps()

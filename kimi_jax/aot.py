@@ -1,4 +1,4 @@
-"""python -m kimi_jax.aot: compiles a training step for a TPU slice that is not there. ``--help`` has examples."""
+"""python -m kimi_jax.aot: compiles a step for a TPU slice that is not there. ``--help`` has examples."""
 
 from __future__ import annotations
 
@@ -20,22 +20,35 @@ EXAMPLES = f"""\
   {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x8 --slices 2     # mesh.data between the slices
   {PROG} --config configs/kimi_k2_1t.py --topology tpu7x:4x8x8 --sweep 3    # compiles the best 3 of all choices
   {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x8 --config.model.num_hidden_layers=4 --fast --dump-hlo hlo
+  {PROG} --config configs/kimi_k2_1t.py --topology tpu7x:2x2x4 --phase decode --rows 128 --past 1536
+  {PROG} --config configs/kimi_k2_1t.py --topology v6e:8x8 --phase prefill --rows 64 --past 4096 --weights int8
 
 exits 0 if the step compiles and fits, 1 if not, 2 for a wrong command line. docs/scaling.md explains the figures.
 """
 
 
 def main() -> None:
-    parser = cli.Parser(PROG, "Says whether a config's training step compiles for a TPU slice and fits.", EXAMPLES)
+    parser = cli.Parser(PROG, "Says whether a config's step compiles for a TPU slice and fits.", EXAMPLES)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="defines get_config()")
     parser.add_argument("--config.KEY", metavar="VALUE", help="overrides one entry of the config, at any depth")
     parser.add_argument("--topology", required=True, help="as libtpu names it: v5p:8x8x8, v6e:16x16, tpu7x:4x4x8")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="that many of it, data between them (1)")
+    parser.add_argument("--phase", choices=("train", "prefill", "decode"), default="train")
     parser.add_argument("--sweep", type=int, metavar="N", help="rank meshes, batch and remat; compile the best N")
     parser.add_argument("--fast", action="store_true", help="compile at optimization level O1: half the time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report here")
     parser.add_argument("--dump-hlo", type=Path, metavar="DIR", help="also write the compiled program here, as text")
+    served = parser.add_argument_group("prefill and decode")
+    served.add_argument("--rows", type=int, default=128, metavar="N", help="requests in a step, of the slice (128)")
+    served.add_argument("--past", type=int, default=1536, metavar="N", help="tokens of each in the cache (1536)")
+    served.add_argument("--width", type=int, default=128, metavar="N", help="prefill: new tokens of each (128)")
+    served.add_argument("--weights", choices=("bf16", "fp8", "int8"), default="fp8", help="on the devices (fp8)")
+    served.add_argument("--cache-dtype", default="bfloat16", help="of the latent cache, such as float8_e4m3fn")
     args, overrides = parser.parse_known_args()
+    if args.phase != "train" and (args.sweep is not None or args.slices != 1):
+        parser.error("--sweep and --slices are for training")
+    if min(args.rows, args.past, args.width) < 1:
+        parser.error("--rows, --past and --width must be at least 1")
     if args.sweep is not None and (args.sweep < 1 or args.dump_hlo):
         parser.error("--sweep takes a number from 1 on, and no --dump-hlo")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -49,7 +62,9 @@ def main() -> None:
         jax.config.update("jax_optimization_level", "O1")
     cfg = config.load(args.config, overrides)
     devices = topology_devices(args.topology, args.slices)
-    if args.sweep:
+    if args.phase != "train":
+        _served(args, cfg, devices)
+    elif args.sweep:
         _sweep(args, overrides, cfg, devices)
     else:
         _one(args, cfg, devices)
@@ -72,6 +87,25 @@ def _one(args: Any, cfg: Any, devices: list[Any]) -> None:
     if args.dump_hlo:
         args.dump_hlo.mkdir(parents=True, exist_ok=True)
         _write(args.dump_hlo / "train.hlo.txt", text)
+
+
+def _served(args: Any, cfg: Any, devices: list[Any]) -> None:
+    from kimi_jax.ahead.serving import Serving, compile_serving
+    from kimi_jax.ahead.serving_table import serving_table
+    from kimi_jax.errors import UserError
+
+    model, width = cfg.model.replace(dtype="bfloat16"), 1 if args.phase == "decode" else args.width
+    it = Serving(model, args.phase, args.rows, args.past, width, args.weights, args.cache_dtype)
+    report, text = compile_serving(it, devices, args.topology)
+    print(serving_table(report), flush=True)
+    if args.json:
+        _write(args.json, json.dumps(dataclasses.asdict(report), indent=2))
+    if text is None:
+        needs = f"the step needs {report.peak_gib:.1f} of {report.hbm_gib:.1f} GiB"
+        raise UserError(f"{needs}; what would fit: {report.most_rows} rows, or more devices, or --weights fp8")
+    if args.dump_hlo:
+        args.dump_hlo.mkdir(parents=True, exist_ok=True)
+        _write(args.dump_hlo / f"{args.phase}.hlo.txt", text)
 
 
 def _sweep(args: Any, overrides: list[str], cfg: Any, devices: list[Any]) -> None:

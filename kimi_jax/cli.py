@@ -23,6 +23,13 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--verbose", action="store_true", help="show the traceback of an error")
 
+    def add_processes(self) -> None:
+        """Flags for a run on several processes, for ``pods.cluster.Told``."""
+        several = self.add_argument_group("several processes", "found by themselves on TPU VMs, GKE and Slurm")
+        several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; or JAX_COORDINATOR_ADDRESS")
+        several.add_argument("--process", type=int, metavar="N", help="which one this is, from 0; or JAX_PROCESS_ID")
+        several.add_argument("--processes", type=int, metavar="M", help="how many there are; or JAX_NUM_PROCESSES")
+
     def error(self, message: str):
         print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
         sys.exit(2)

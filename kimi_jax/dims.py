@@ -41,6 +41,10 @@ class Fused:
     def size(self) -> int:
         return sum(size for _, size in self.parts)
 
+    @property
+    def name(self) -> str:
+        return "+".join(name for name, _ in self.parts)
+
 
 Axis = str | Fused
 Axes = tuple[Axis, ...]
@@ -74,8 +78,17 @@ class ParamSpec:
         return (self.std * draw).astype(dtype)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of the axes; a fused one has those of its parts, joined by +."""
+        return tuple(axis.name if isinstance(axis, Fused) else axis for axis in self.axes)
+
+    @property
     def is_buffer(self) -> bool:
         return BUFFER in self.axes
+
+    @property
+    def is_vector(self) -> bool:
+        return sum(axis not in (LAYERS, EXPERTS) for axis in self.axes) < 2
 
     def stacked(self, n_layers: int) -> ParamSpec:
         """The same parameter for ``n_layers`` layers, stacked on a leading axis."""

@@ -20,12 +20,9 @@ from kimi_jax.checkpoint.placed import read_params
 from kimi_jax.checkpoint.source import Source
 from kimi_jax.checkpoint.weights import CheckpointWeights
 from kimi_jax.config import ModelConfig, from_dict
-from kimi_jax.data import tokenizer as tokenizers
-from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.dims import Params, is_spec, map_specs
 from kimi_jax.errors import UserError
-from kimi_jax.host_memory import keep_freed_memory
-from kimi_jax.model import KimiK2, in_compute_dtype, specs
+from kimi_jax.model import KimiK2, specs
 from kimi_jax.sharding.rules import shardings
 
 
@@ -39,17 +36,24 @@ def load(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> tu
     each process reads what its devices hold. Raises ``UserError`` on anything missing, left over, truncated or not
     finite.
     """
-    path = path if paths.is_remote(path) else Path(path).expanduser()
-    wanted = None if dtype is None else _compute_dtype(dtype)
-    cfg, read = _open(path)
-    if wanted is not None:
-        cfg = cfg.replace(dtype=wanted.name, param_dtype=wanted.name)
+    cfg, read = _in_dtype(path, dtype)
     if mesh is None:
         here = SingleDeviceSharding(jax.devices()[0])
         where = map_specs(lambda _: here, specs(cfg))
     else:
         where = shardings(specs(cfg), mesh)
     return KimiK2(cfg), read(cfg, where)
+
+
+def config_of(path: str | Path, dtype: Any = None) -> ModelConfig:
+    """Of the model that ``load`` returns."""
+    return _in_dtype(path, dtype)[0]
+
+
+def _in_dtype(path: str | Path, dtype: Any) -> tuple[ModelConfig, Reader]:
+    wanted = None if dtype is None else _compute_dtype(dtype)
+    cfg, read = _open(path if paths.is_remote(path) else Path(path).expanduser())
+    return (cfg if wanted is None else cfg.replace(dtype=wanted.name, param_dtype=wanted.name)), read
 
 
 def load_params(path: str | Path, cfg: ModelConfig, where: Any) -> Params:
@@ -90,23 +94,6 @@ def tokenizer_of(path: str | Path) -> str | None:
     if paths.exists(paths.join(path, "config.json")) or not paths.exists(path):
         return None
     return read_meta(path)["config"]["data"]["tokenizer"]
-
-
-def load_to_generate(
-    path: str | Path, tokenizer: str | None = None, dtype: Any = None
-) -> tuple[Tokenizer, ModelConfig, Params]:
-    """The tokenizer (``None``: the checkpoint's own), the config, and the weights in the dtype of the computation."""
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-    spec = tokenizer or tokenizer_of(path)
-    if spec is None:
-        raise UserError(f"{path} names no tokenizer: give one with --tokenizer")
-    text = tokenizers.load(spec)
-    model, params = load(path, dtype=dtype)
-    cfg = model.cfg
-    if text.vocab_size > cfg.vocab_size:
-        raise UserError(f"the tokenizer has {text.vocab_size} ids, the model only {cfg.vocab_size}")
-    return text, cfg, jax.jit(partial(in_compute_dtype, cfg))(params)
 
 
 Reader = Callable[[ModelConfig, Any], Params]  # (config with the dtypes wanted, shardings) -> parameters

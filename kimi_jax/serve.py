@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kimi_jax import cli
 from kimi_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from kimi_jax.pods.session import Session
 
 PROG = "python -m kimi_jax.serve"
 EXAMPLES = f"""\
   {PROG} --checkpoint runs/demo
   {PROG} --checkpoint ckpt/k2 --host 0.0.0.0 --port 8080 --api-key first --api-key second
-  {PROG} --checkpoint path/to/hf_directory --dtype bfloat16 --max-model-len 8192 --cache-tokens 65536
+  {PROG} --checkpoint path/to/hf_directory --weights fp8 --max-model-len 8192 --cache-tokens 65536
+  {PROG} --checkpoint ckpt/k2 --weights fp8 --coordinator host0:8476 --process 0 --processes 4     and 1, 2, 3
 """
-PAGE_SIZE = 16
 
 
 def main() -> None:
@@ -28,11 +33,29 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, help="tokens of prompt and answer; default: 4096, or the model's")
     parser.add_argument("--max-rows", type=int, default=64, help="answers that are generated at once")
     parser.add_argument("--cache-tokens", type=int, default=65536, help="that the latent cache holds")
+    parser.add_argument("--weights", choices=("fp8", "int8"), help="on the device; default: as they are computed with")
+    parser.add_argument("--cache-dtype", choices=("bfloat16", "float32", "float8_e4m3fn"), help="of the latent cache")
+    parser.add_processes()
     args = parser.parse_args()
-    serve(args)
+
+    from kimi_jax.pods import serving
+
+    with serving.joined(PROG, args) as session:
+        serve(args, session)
 
 
-def serve(args) -> None:
+def serve(args, session: Session) -> None:
+    """Process 0 answers; the others take the same steps."""
+    from kimi_jax.inference.start import load_to_serve
+    from kimi_jax.pods.serving import follow
+
+    if session.process:
+        follow(session, load_to_serve(args.checkpoint, args.tokenizer, args.dtype, args.weights))
+    else:
+        answer(args, session)
+
+
+def answer(args, session: Session) -> None:
     try:
         from kimi_jax.server import run
         from kimi_jax.server.app import Settings, create_app
@@ -40,20 +63,26 @@ def serve(args) -> None:
         from kimi_jax.server.service import Service
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'kimi_jax[serve]'") from error
-    from kimi_jax.inference.engine import Engine
+    from kimi_jax.inference import cache
     from kimi_jax.inference.limits import Limits
-    from kimi_jax.loading import load_to_generate
+    from kimi_jax.inference.start import load_to_serve
+    from kimi_jax.pods.serving import leading
 
-    tokenizer, cfg, params = load_to_generate(args.checkpoint, args.tokenizer, args.dtype)
+    model = load_to_serve(args.checkpoint, args.tokenizer, args.dtype, args.weights)
+    cfg, page_size = model.cfg, cache.page_size(args.cache_dtype or model.cfg.dtype)
     limits = Limits(
-        n_pages=1 + -(-args.cache_tokens // PAGE_SIZE),
-        page_size=PAGE_SIZE,
+        n_pages=1 + -(-args.cache_tokens // (page_size * model.devices)),
+        page_size=page_size,
+        shards=model.devices,
         max_len=args.max_model_len or min(4096, cfg.max_position_embeddings),
         vocab_size=cfg.vocab_size,
         max_rows=args.max_rows,
     )
-    with EngineThread(Engine(params, cfg, limits), cfg.vocab_size, limits.max_len) as engine:
-        service = Service(engine, tokenizer, args.model_name or ["kimi_jax"])
+    with (
+        leading(session, model, limits, args.cache_dtype) as steps,
+        EngineThread(steps, cfg.vocab_size, limits.max_len) as engine,
+    ):
+        service = Service(engine, model.tokenizer, args.model_name or ["kimi_jax"])
         run.serve(create_app(service, Settings(api_keys=tuple(args.api_key))), args.host, args.port)
 
 

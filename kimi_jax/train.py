@@ -25,10 +25,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="defines get_config()")
     parser.add_argument("--config.KEY", metavar="VALUE", help="overrides one entry of the config, at any depth")
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints, metrics and curves go here")
-    several = parser.add_argument_group("several processes", "found by themselves on TPU VMs, GKE and Slurm")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; or JAX_COORDINATOR_ADDRESS")
-    several.add_argument("--process", type=int, metavar="N", help="which one this is, from 0; or JAX_PROCESS_ID")
-    several.add_argument("--processes", type=int, metavar="M", help="how many there are; or JAX_NUM_PROCESSES")
+    parser.add_processes()
     args, overrides = parser.parse_known_args()
 
     from kimi_jax.pods import cluster, session

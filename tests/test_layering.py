@@ -39,7 +39,9 @@ ONLY = {  # parts that a stranger can lift out
 }
 UPWARD = {("config", "presets")}  # a configuration may name the preset it starts from
 
-PLANNING = ("request", "limits", "stops", "drafting", "prefix", "pages", "sequence", "plan", "scheduler")
+PLANNING = (
+    "request", "limits", "stops", "drafting", "prefix", "pages", "sequence", "plan", "shards", "rows", "scheduler"
+)  # fmt: skip
 NO_JAX = (
     *(f"kimi_jax.inference.{name}" for name in PLANNING),
     "kimi_jax.server",

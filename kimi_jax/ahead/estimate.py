@@ -3,7 +3,8 @@
 Memory of a device, in bytes, for M tokens of a microbatch on it:
 
     state       its part of the parameters and of the optimizer's moments
-    gradients   as the parameters, twice with accumulation; and the largest parameter twice in f32, for Newton-Schulz
+    gradients   as the parameters, twice with accumulation; and the largest parameter, or the piece of a stack of
+                experts that is updated at once, twice in f32, for Newton-Schulz
     kept        M x what the blocks' backward passes need (traced from the model, for the remat policy at hand)
     one block   M x what one block needs without any remat, its experts' weights gathered, their gradients, and the rows
                 of an exchange: 6 buffers of 1.25 M K rows of D
@@ -34,6 +35,7 @@ from kimi_jax.config import ModelConfig
 from kimi_jax.dims import EXPERTS, is_spec
 from kimi_jax.flops import PEAK_BF16, training_flops_per_token
 from kimi_jax.model import hidden_states, init_params, specs
+from kimi_jax.optim.muon import PIECES
 from kimi_jax.sharding.mesh import BATCH, MeshConfig
 from kimi_jax.sharding.rules import TRAIN, partition
 from kimi_jax.training.config import TrainConfig
@@ -81,10 +83,11 @@ def _held(cfg: ModelConfig, mesh: Mesh, experts: bool) -> list[float]:
 
 def _bytes(cfg: TrainConfig, mesh: Mesh, tokens: float) -> float:
     model = cfg.model
-    held = _held(model, mesh, True) + _held(model, mesh, False)
+    experts, others = _held(model, mesh, True), _held(model, mesh, False)
+    held, updated = experts + others, max([n / PIECES for n in experts] + others)
     width = jnp.dtype(model.param_dtype).itemsize
     state = sum(held) * width * (1 + _moments_per_parameter(cfg))
-    gradients = sum(held) * width * (2 if cfg.accumulation > 1 else 1) + 2 * max(held) * F32_BYTES
+    gradients = sum(held) * width * (2 if cfg.accumulation > 1 else 1) + 2 * updated * F32_BYTES
     kept = tokens * kept_bytes(model, cfg.seq_len)
     block = tokens * kept_bytes(_one_block(model), cfg.seq_len)
     return state + gradients + kept + block + _expert_workspace(model, mesh, tokens)

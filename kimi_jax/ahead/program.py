@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from kimi_jax.ahead.hlo import Computation, Instruction, parse
@@ -16,12 +17,15 @@ from kimi_jax.ahead.hlo import Computation, Instruction, parse
 
 @dataclass
 class Program:
+    """``trips``: of loops whose length the data decide, by the scope in their names."""
+
     computations: dict[str, Computation]
     entry: str
+    trips: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def from_text(cls, text: str) -> Program:
-        return cls(*parse(text))
+    def from_text(cls, text: str, trips: Mapping[str, int] | None = None) -> Program:
+        return cls(*parse(text), trips or {})
 
     @cached_property
     def runs(self) -> dict[str, float]:
@@ -42,7 +46,7 @@ class Program:
 
     @cached_property
     def unknown_trips(self) -> list[Instruction]:
-        """Loops whose length the data decide; they count as one trip."""
+        """Loops whose length the data decide, and nobody else told; they count as one trip."""
         loops = [(name, i) for name, c in self.computations.items() for i in c.values() if i.op == "while"]
         return [i for name, i in loops if self.trip_count(name, i) is None]
 
@@ -85,7 +89,7 @@ class Program:
         direction = re.search(r"direction=(\w+)", compare.attributes)
         values = [_constant(scope, o, initial) for o in of]
         if compare.op != "compare" or not direction or len(values) != 2 or None in values:
-            return None
+            return next((n for scope, n in self.trips.items() if f"/{scope}/" in loop.op_name), None)
         low, high = values if direction[1] == "LT" else reversed(values)
         return max(0, int(high or 0) - int(low or 0)) if direction[1] in ("LT", "GT") else None
 

@@ -83,6 +83,14 @@ class Report:
     assumptions: tuple[Assumption, ...]
 
 
+def out_of_memory(error: Exception) -> tuple[float, float]:
+    """GiB that a program needs and that there are, as the compiler's refusal says; raises it if it is another one."""
+    found = OUT_OF_MEMORY.search(str(error))
+    if not found:
+        raise error
+    return float(found[1]) * UNITS[found[2]] / GIB, float(found[3]) * UNITS[found[4]] / GIB
+
+
 def compile_step(cfg: TrainConfig, devices: Sequence[Any], topology: str, slices: int = 1) -> tuple[Report, str | None]:
     """The report on a training step, and the compiled program's text: None if it does not fit."""
     place = placement(cfg, devices)
@@ -97,10 +105,7 @@ def compile_step(cfg: TrainConfig, devices: Sequence[Any], topology: str, slices
         peak, on_host = memory.peak_memory_in_bytes / GIB, memory.host_temp_size_in_bytes / GIB
         text = program.as_text()
     except jax.errors.JaxRuntimeError as error:
-        found = OUT_OF_MEMORY.search(str(error))
-        if not found:
-            raise
-        peak, hbm = float(found[1]) * UNITS[found[2]] / GIB, float(found[3]) * UNITS[found[4]] / GIB
+        peak, hbm = out_of_memory(error)
     done_at = time.perf_counter()
     state, batch = shapes(cfg, place)
     categories = {

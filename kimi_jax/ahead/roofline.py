@@ -32,6 +32,7 @@ class Work:
     kernel_flops: float  # as their authors declared them
     kernels_undeclared: dict[str, float]  # kernel -> runs, of which nothing is known
     hbm_bytes: float
+    hbm_written: float  # of those
     host_bytes: float
     product_seconds: float
     kernel_seconds: float
@@ -52,7 +53,7 @@ def work_of(program: Program, kind: str) -> Work:
     products: dict[str, float] = dict.fromkeys(SCOPES, 0.0)
     seconds = dict.fromkeys(("product", "kernel", "memory"), 0.0)
     undeclared: dict[str, float] = defaultdict(float)
-    kernel_flops = hbm = host = cycles = 0.0
+    kernel_flops = hbm = written = host = cycles = 0.0
     for name, computation in program.computations.items():
         runs = program.runs[name]
         if name in program.fused or not runs:
@@ -71,6 +72,7 @@ def work_of(program: Program, kind: str) -> Work:
             bound = "memory" if moving > computing else "kernel" if kernel else "product"
             seconds[bound] += runs * max(computing, moving)
             hbm += runs * bytes_
+            written += runs * work.hbm_written(program, computation, i)
             host += runs * work.host_bytes(i)
             cycles += runs * i.cycles
     return Work(
@@ -78,6 +80,7 @@ def work_of(program: Program, kind: str) -> Work:
         kernel_flops=kernel_flops,
         kernels_undeclared=dict(undeclared),
         hbm_bytes=hbm,
+        hbm_written=written,
         host_bytes=host,
         product_seconds=seconds["product"],
         kernel_seconds=seconds["kernel"],

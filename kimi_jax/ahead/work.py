@@ -24,6 +24,7 @@ FREE = {  # move nothing through HBM themselves; what they call is counted where
 }
 HOST = 5  # the memory space
 SLICING = {"dynamic-slice", "slice", "gather"}  # read of their first operand what they return
+UPDATING = {"dynamic-update-slice": 1, "scatter": 2}  # write their first operand in place: which operand goes there
 
 
 def flops(program: Program, computation: Computation, i: Instruction) -> float:
@@ -86,14 +87,25 @@ def hbm_bytes(program: Program, computation: Computation, i: Instruction) -> flo
     if i.op == "custom-call":
         return declared(i, "bytes_accessed") or _all(computation, i)
     if i.op == "fusion":
-        return _fused(program.computations[i.names("calls")[0]], computation, i)
+        return _fused(program, computation, i)
     if i.op in SLICING:
         return 2 * _held(i.shapes)
-    if i.op == "dynamic-update-slice":
-        return 2 * _held(computation[i.operands[1]].shapes)
+    if i.op in UPDATING:
+        return 2 * _held(computation[i.operands[UPDATING[i.op]]].shapes)
     if i.op.endswith("-start"):  # its result names the operands again
         return _held(i.shapes)
     return _all(computation, i)
+
+
+def hbm_written(program: Program, computation: Computation, i: Instruction) -> float:
+    """Of ``hbm_bytes``, those that are written."""
+    if not hbm_bytes(program, computation, i):
+        return 0.0
+    if i.op == "fusion":
+        return _written(program.computations[i.names("calls")[0]], i)
+    if i.op in UPDATING:
+        return _held(computation[i.operands[UPDATING[i.op]]].shapes)
+    return _held(i.shapes)
 
 
 def host_bytes(i: Instruction) -> float:
@@ -111,29 +123,42 @@ def _all(computation: Computation, i: Instruction) -> float:
     return _held(i.shapes) + sum(_held(computation[o].shapes) for o in i.operands if o in computation)
 
 
-def _fused(inside: Computation, computation: Computation, i: Instruction) -> float:
-    users: dict[str, list[Instruction]] = {}
-    for j in inside.values():
-        for o in j.operands:
-            users.setdefault(o, []).append(j)
-    total = 0.0
+def _fused(program: Program, computation: Computation, i: Instruction) -> float:
+    inside, total = program.computations[i.names("calls")[0]], 0.0
     for j in inside.values():
         if j.op == "parameter":
             operand = computation[i.operands[int(j.arguments)]]
             if not any(shape.space for shape in operand.shapes):
-                total += min(float(operand.bytes), sum(_read(j.name, user) for user in users.get(j.name, [])))
+                total += min(float(operand.bytes), _read(program, inside, j.name))
+    return total + _written(inside, i)
+
+
+def _written(inside: Computation, i: Instruction) -> float:
     root = next(j for j in inside.values() if j.root)
     written = [inside[o] for o in root.operands] if root.op == "tuple" else [root]
+    total = 0.0
     for shape, j in zip(i.shapes, written, strict=False):
         if not shape.space:
-            total += inside[j.operands[1]].bytes if j.op == "dynamic-update-slice" else shape.bytes
+            updates = UPDATING.get(j.op)
+            total += shape.bytes if updates is None else inside[j.operands[updates]].bytes
     return total
 
 
-def _read(name: str, user: Instruction) -> float:
-    """What a user inside a fusion reads of an operand."""
+def _read(program: Program, inside: Computation, name: str) -> float:
+    """What the users inside a fusion, and inside the fusions in it, read of an operand; infinite: all of it."""
+    return sum(_read_by(program, inside, name, user) for user in inside.values() if name in user.operands)
+
+
+def _read_by(program: Program, inside: Computation, name: str, user: Instruction) -> float:
     if user.op in SLICING and user.operands[0] == name:
         return float(user.bytes)
-    if user.op == "dynamic-update-slice" and user.operands[0] == name:
+    if user.op in UPDATING and user.operands[0] == name:
         return 0.0
+    if user.op == "bitcast" or "output_to_operand_aliasing" in user.attributes:  # the same memory, seen otherwise
+        return _read(program, inside, user.name)
+    if user.op == "fusion":
+        called = program.computations[user.names("calls")[0]]
+        parameters = {int(j.arguments): j.name for j in called.values() if j.op == "parameter"}
+        own = [parameters[k] for k, operand in enumerate(user.operands) if operand == name]
+        return sum(_read(program, called, parameter) for parameter in own)
     return math.inf

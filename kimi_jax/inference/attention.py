@@ -19,17 +19,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Array, Params
 from kimi_jax.inference import cache
+from kimi_jax.inference.ops import ON_ONE_DEVICE, Ops
 from kimi_jax.kernels.paged_mla import paged_mla
 from kimi_jax.layers.attention import MASKED
 from kimi_jax.layers.linear import contract, product
 
 BLOCK = 512  # positions of a block, or a page if that is more
+WALK = "walk"  # the scope of the loop over blocks, whose length the data decide
 FEW = 8  # tokens per row that the kernel takes
 LARGEST = 2**22  # logits of a block: 16 MiB, which stays on the chip; more heads or queries walk group after group
 
@@ -41,19 +44,27 @@ def prefers_naive(cfg: ModelConfig, T: int) -> bool:
 
 
 def attend(
-    p: Params, cfg: ModelConfig, q: tuple[Array, Array], cache_LPGX: Array, layer: Array, pages_BP: Array, pos_BT: Array
-) -> Array:
-    """y [B, T, D] of queries at positions ``pos``, whose own tokens are in the cache already."""
+    p: Params, cfg: ModelConfig, q: tuple[Array, Array], cache_LPGX: Array, layer: Array, pages_BP: Array,
+    pos_BT: Array, ops: Ops = ON_ONE_DEVICE,
+) -> Array:  # fmt: skip
+    """y [B, T, D] of queries at positions ``pos``, whose own tokens are in the cache already.
+
+    On a mesh, ``q`` has some heads of all rows, pages and positions are those of a device's own rows, and the sum of
+    all devices' y is the result.
+    """
     form = naive if prefers_naive(cfg, pos_BT.shape[1]) else absorbed
-    return form(p, cfg, q, cache_LPGX, layer, pages_BP, pos_BT)
+    return form(p, cfg, q, cache_LPGX, layer, pages_BP, pos_BT, ops)
 
 
 def absorbed(
-    p: Params, cfg: ModelConfig, q: tuple[Array, Array], cache_LPGX: Array, layer: Array, pages_BP: Array, pos_BT: Array
-) -> Array:
-    (B, T, N, _), C, (L, P, G, X) = q[0].shape, cfg.kv_lora_rank, cache_LPGX.shape
-    w_k_CNH, w_v_CNW = jnp.split(p["kv_b"], [cfg.qk_nope_head_dim], axis=-1)
-    q_BTNX = cache.padded(jnp.concatenate([contract("BTNH,CNH->BTNC", q[0], w_k_CNH), q[1]], axis=-1), X)
+    p: Params, cfg: ModelConfig, q: tuple[Array, Array], cache_LPGX: Array, layer: Array, pages_BP: Array,
+    pos_BT: Array, ops: Ops = ON_ONE_DEVICE,
+) -> Array:  # fmt: skip
+    C, (L, P, G, X) = cfg.kv_lora_rank, cache_LPGX.shape
+    w_k_CNH, w_v_CNW = jnp.split(p["kv_b"].astype(q[0].dtype), [cfg.qk_nope_head_dim], axis=-1)
+    q_BTNX = jnp.concatenate([contract("BTNH,CNH->BTNC", q[0], w_k_CNH), q[1]], axis=-1)
+    q_BTNX = cache.padded(ops.to_rows(q_BTNX), X)
+    B, T, N, _ = q_BTNX.shape
 
     def walked(q_BZX: Array, cache_LPGX: Array, layer: Array, pages_BP: Array, pos_BT: Array) -> Array:
         def latents(kv_BSX: Array) -> tuple[Array, Array]:
@@ -69,14 +80,17 @@ def absorbed(
     args = q_BTNX.reshape(B, T * N, X), cache_LPGX, layer, pages_BP, pos_BT
     on_tpu = in_one_kernel if T <= FEW else walked
     mixed_BZC = lax.platform_dependent(*args, tpu=on_tpu, default=walked)
-    o_BTNW = contract("BTNC,CNW->BTNW", mixed_BZC.reshape(B, T, N, C), w_v_CNW)
+    o_BTNW = contract("BTNC,CNW->BTNW", ops.to_heads(mixed_BZC.reshape(B, T, N, C)), w_v_CNW)
     return contract("BTNW,NWD->BTD", o_BTNW, p["o"])
 
 
 def naive(
-    p: Params, cfg: ModelConfig, q: tuple[Array, Array], cache_LPGX: Array, layer: Array, pages_BP: Array, pos_BT: Array
-) -> Array:
-    (B, T, N, _), C, R = q[0].shape, cfg.kv_lora_rank, cfg.qk_rope_head_dim
+    p: Params, cfg: ModelConfig, q: tuple[Array, Array], cache_LPGX: Array, layer: Array, pages_BP: Array,
+    pos_BT: Array, ops: Ops = ON_ONE_DEVICE,
+) -> Array:  # fmt: skip
+    C, R = cfg.kv_lora_rank, cfg.qk_rope_head_dim
+    q_BTNX, w_CNX = ops.to_rows(jnp.concatenate(q, axis=-1)), ops.all_heads(p["kv_b"]).astype(q[0].dtype)
+    B, T, N, _ = q_BTNX.shape
 
     def heads(group: tuple[Array, Array]) -> Array:
         q_NBTX, w_NCX = group
@@ -92,9 +106,9 @@ def naive(
         o_BNTW = _walk(expanded, cfg.v_head_dim, cfg.softmax_scale, q_BNTX, pos_BT, cache_LPGX, layer, pages_BP)
         return o_BNTW.swapaxes(0, 1)
 
-    q_NBTX = jnp.moveaxis(jnp.concatenate(q, axis=-1), 2, 0)
-    o_NBTW = _in_groups(heads, N, B * T * _positions(cache_LPGX), q_NBTX, p["kv_b"].swapaxes(0, 1))
-    return contract("BTNW,NWD->BTD", jnp.moveaxis(o_NBTW, 0, 2), p["o"])
+    q_NBTX = jnp.moveaxis(q_BTNX, 2, 0)
+    o_NBTW = _in_groups(heads, N, B * T * _positions(cache_LPGX), q_NBTX, w_CNX.swapaxes(0, 1))
+    return contract("BTNW,NWD->BTD", ops.to_heads(jnp.moveaxis(o_NBTW, 0, 2)), p["o"])
 
 
 def _positions(cache_LPGX: Array) -> int:
@@ -143,7 +157,8 @@ def _walk(
         shape = q_BKZX.shape[:3]
         nothing = jnp.full((*shape, 1), MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, W))
         n_blocks = jnp.max(pos_BZ) // S + 1
-        _, total_BKZ1, o_BKZW = lax.fori_loop(0, n_blocks, block, nothing)
+        with jax.named_scope(WALK):
+            _, total_BKZ1, o_BKZW = lax.fori_loop(0, n_blocks, block, nothing)
         return jnp.moveaxis((o_BKZW / total_BKZ1).astype(q_BKZX.dtype), 2, 0)
 
     o_ZBKW = _in_groups(queries, Z, B * K * S, jnp.moveaxis(q_BKZX, 2, 0), pos_BZ.swapaxes(0, 1))

@@ -34,6 +34,11 @@ def n_bytes(cfg: ModelConfig, n_pages: int, page_size: int, lanes: int = 1, dtyp
     return math.prod(shape(cfg, n_pages, page_size, lanes)) * jnp.dtype(dtype or cfg.dtype).itemsize
 
 
+def page_size(dtype: str | None) -> int:
+    """Tokens of a page whose rows fill the registers of a TPU; small, since whole pages are shared."""
+    return max(16, 32 // jnp.dtype(dtype or "bfloat16").itemsize)
+
+
 def init(cfg: ModelConfig, n_pages: int, page_size: int, lanes: int = 1, dtype: str | None = None) -> Array:
     return jnp.zeros(shape(cfg, n_pages, page_size, lanes), dtype or cfg.dtype)
 

@@ -7,6 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
+import jax
+from jax.sharding import Mesh
+
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.detokenizer import Detokenizer
 from kimi_jax.data.tokenizer import Tokenizer
@@ -19,25 +22,51 @@ from kimi_jax.inference.request import Event, Request
 from kimi_jax.inference.scheduler import Load, Scheduler
 
 
+class Runner:
+    """Weights, cache and the steps on them."""
+
+    def __init__(
+        self, params: Params, cfg: ModelConfig, limits: Limits, cache_dtype: str | None = None, mesh: Mesh | None = None
+    ):
+        devices = mesh.size if mesh else 1
+        if limits.shards != devices:
+            raise UserError(f"limits: {limits.shards} shards do not suit a mesh of {devices} devices")
+        self._params, self._cfg, self._limits, self._cache_dtype, self._mesh = params, cfg, limits, cache_dtype, mesh
+        self._one_at_a_time = devices > 1 and jax.default_backend() == "cpu"  # its collectives wait for threads
+        self.reset()
+
+    def reset(self) -> None:
+        """An empty cache."""
+        self._state = step.init_state(self._cfg, self._limits, self._cache_dtype, self._mesh)
+
+    def start(self, plan: StepPlan) -> step.Running:
+        if self._one_at_a_time:
+            jax.block_until_ready(self._state)
+        running, self._state = step.run(self._params, self._cfg, self._state, plan, self._mesh)
+        return running
+
+
 class Engine:
     """One thread calls ``step`` (after ``wait``); any thread may submit, cancel and ask for the load.
 
-    ``params`` as from ``model.in_compute_dtype``. ``cache_dtype``: of the latent cache, else ``cfg.dtype``. Without a
-    tokenizer, events have no text. Requests without a seed get theirs from ``seed``.
+    ``params`` as from ``model.in_compute_dtype``; on a mesh, with one shard for each device, as from ``place.place``.
+    ``cache_dtype``: of the latent cache, else ``cfg.dtype``. Without a tokenizer, events have no text. Requests without
+    a seed get theirs from ``seed``. If the mesh spans several processes, this one plans and the others ``follow``:
+    ``tell`` sends them every plan, or None if the device has lost what it held.
     """
 
     def __init__(
         self, params: Params, cfg: ModelConfig, limits: Limits, tokenizer: Tokenizer | None = None, seed: int = 0,
-        cache_dtype: str | None = None, clock: Callable[[], float] = time.monotonic,
+        cache_dtype: str | None = None, clock: Callable[[], float] = time.monotonic, mesh: Mesh | None = None,
+        tell: Callable[[StepPlan | None], None] = lambda plan: None,
     ):  # fmt: skip
         if limits.max_len > cfg.max_position_embeddings or limits.vocab_size != cfg.vocab_size:
             raise UserError(
                 f"limits: max_len {limits.max_len} and vocab_size {limits.vocab_size} do not suit a model of "
                 f"{cfg.max_position_embeddings} positions and {cfg.vocab_size} tokens"
             )
-        self._params, self._cfg, self._limits, self._clock = params, cfg, limits, clock
-        self._cache_dtype = cache_dtype
-        self._state = step.init_state(cfg, limits, cache_dtype)
+        self._runner = Runner(params, cfg, limits, cache_dtype, mesh)
+        self._clock, self._tell = clock, tell
         self._scheduler = Scheduler(limits, (lambda: Detokenizer(tokenizer)) if tokenizer else None, seed)
         self._in_flight: deque[step.Running] = deque()
         self._work = threading.Condition()  # guards the scheduler
@@ -74,11 +103,13 @@ class Engine:
             with self._work:
                 plan = self._scheduler.plan(self._clock())
             if plan is not None:
-                self._start(plan)
+                self._tell(plan)
+                self._in_flight.append(self._runner.start(plan))
             self._commit(leave=int(plan is not None))
         except Exception as error:
             self._in_flight.clear()
-            self._state = step.init_state(self._cfg, self._limits, self._cache_dtype)
+            self._tell(None)
+            self._runner.reset()
             with self._work:
                 self._scheduler.abort(one_line(error))
         with self._work:
@@ -90,10 +121,6 @@ class Engine:
         while self.wait(0):
             for event in self.step():
                 yield event._replace(request=numbers[event.request])
-
-    def _start(self, plan: StepPlan) -> None:
-        running, self._state = step.run(self._params, self._cfg, self._state, plan)
-        self._in_flight.append(running)
 
     def _commit(self, leave: int) -> None:
         """Waits for steps, while others may submit and cancel, until ``leave`` are in flight."""

@@ -8,21 +8,16 @@ results mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Array, Params
 from kimi_jax.inference import attention, cache
+from kimi_jax.inference.ops import ON_ONE_DEVICE, Ops
 from kimi_jax.layers import block, mla
-from kimi_jax.layers.experts import fastest_experts_of
 from kimi_jax.layers.norm import rms_norm
-from kimi_jax.model import embed, head, positions
-
-ROWS = 256  # of logits at a time, where all new tokens have some
+from kimi_jax.model import positions
 
 
 def forward(
@@ -33,18 +28,18 @@ def forward(
     start_B: Array,
     length_B: Array,
     pages_BP: Array,
-    experts_of: Callable = fastest_experts_of,
+    ops: Ops = ON_ONE_DEVICE,
 ) -> tuple[Array, Array]:
     """Normed hidden states [B, T, D] of the new tokens, and the cache with their latents.
 
-    ``params`` as from ``model.in_compute_dtype``. ``experts_of(stack, layer, x_MD, weights_MK, experts_MK) -> y_MD``
-    gets an expert index past the last for what goes to no expert.
+    ``params`` as from ``model.in_compute_dtype``.
     """
     i_T = jnp.arange(tokens_BT.shape[1])
     valid_BT = i_T < length_B[:, None]
     pos_BT = jnp.maximum(jnp.minimum(start_B[:, None] + i_T, (start_B + length_B)[:, None] - 1), 0)
     angles = positions(cfg, pos_BT)
-    x_BTD = embed(params, cfg, tokens_BT)
+    own_start_B, own_length_B, own_pages_BP, own_pos_BT = map(ops.own_rows, (start_B, length_B, pages_BP, pos_BT))
+    x_BTD = ops.lookup(params["embedding"], tokens_BT, cfg.dtype)
     first = 0
     for name in ("dense_layers", "moe_layers"):
         if name not in params:
@@ -57,16 +52,17 @@ def forward(
         def step(carry, layer, stack=stack, first=first):
             (x_BTD, cache_LPGX), (i, p) = carry, layer
             h_BTD = rms_norm(x_BTD, p["attn_norm"], cfg.rms_norm_eps)
-            q, kv = (f(p["attn"], cfg, h_BTD, angles) for f in (mla.queries, mla.latents))
-            new_BTX = jnp.concatenate(kv, axis=-1)
-            cache_LPGX = cache.write(cache_LPGX, first + i, new_BTX, pages_BP, start_B, length_B)
-            x_BTD += attention.attend(p["attn"], cfg, q, cache_LPGX, first + i, pages_BP, pos_BT)
+            q, kv = (f(p["attn"], cfg, h_BTD, angles, ops.split) for f in (mla.queries, mla.latents))
+            new_BTX = ops.own_rows(jnp.concatenate(kv, axis=-1))
+            cache_LPGX = cache.write(cache_LPGX, first + i, new_BTX, own_pages_BP, own_start_B, own_length_B)
+            y_BTD = attention.attend(p["attn"], cfg, q, cache_LPGX, first + i, own_pages_BP, own_pos_BT, ops)
+            x_BTD += ops.split.total(y_BTD)
 
             def experts(_, cfg, x_BTD, weights_BTK, experts_BTK):
                 rows = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTK, chosen(cfg, experts_BTK)))
-                return experts_of(stack, i, *rows).reshape(x_BTD.shape)
+                return ops.experts_of(stack, i, *rows).reshape(x_BTD.shape)
 
-            x_BTD, _ = block.feed_forward(p, cfg, x_BTD, experts)
+            x_BTD, _ = block.feed_forward(p, cfg, x_BTD, experts, ops.split)
             return (x_BTD, cache_LPGX), None
 
         def chosen(cfg: ModelConfig, experts_BTK: Array) -> Array:
@@ -78,20 +74,7 @@ def forward(
     return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps), cache_LPGX
 
 
-def logits(params: Params, x_BTD: Array, first_B: Array, J: int) -> Array:
-    """f32 logits [B, J, V] after the new tokens first .. first + J - 1 of every row."""
+def logits(params: Params, x_BTD: Array, first_B: Array, J: int, ops: Ops = ON_ONE_DEVICE) -> Array:
+    """f32 logits [B, J, V] after the new tokens first .. first + J - 1 of every row, or of a share of the rows."""
     at_BJ = jnp.clip(first_B[:, None] + jnp.arange(J), 0, x_BTD.shape[1] - 1)
-    return head(params, jnp.take_along_axis(x_BTD, at_BJ[..., None], axis=1))
-
-
-def logprobs(params: Params, x_BTD: Array, next_BT: Array) -> Array:
-    """log softmax at one given token after every new token, f32 [B, T]; [B, T, V] is never whole."""
-
-    def one(position: tuple[Array, Array]) -> Array:
-        x_BD, next_B = position
-        logits_BV = head(params, x_BD[:, None])[:, 0]
-        chosen_B1 = jnp.take_along_axis(logits_BV, next_B[:, None], axis=-1)
-        return chosen_B1[:, 0] - jax.nn.logsumexp(logits_BV, axis=-1)
-
-    positions = x_BTD.swapaxes(0, 1), next_BT.swapaxes(0, 1)
-    return lax.map(one, positions, batch_size=max(ROWS // x_BTD.shape[0], 1)).swapaxes(0, 1)
+    return ops.head(params, jnp.take_along_axis(x_BTD, at_BJ[..., None], axis=1))

@@ -1,4 +1,4 @@
-"""The pages of the latent cache: who holds how many, which are free, which may be shared.
+"""The pages of one shard's latent cache: who holds how many, which are free, which may be shared.
 
 Only full pages of computed tokens are shared, and a sequence writes behind its full pages alone. A shared page is thus
 never written, and nothing is ever copied. Page 0 is padding and never handed out.
@@ -39,6 +39,11 @@ class PagePool:
         for page in pages:
             self._holders[page] = 1
         return pages
+
+    def known(self, keys: Iterable[bytes]) -> tuple[int, int]:
+        """Pages that ``share`` would find, and how many of them it would take from those available."""
+        pages = self._prefixes.find(keys)
+        return len(pages), sum(self._holders[page] == 0 for page in pages)
 
     def share(self, keys: Iterable[bytes]) -> list[int]:
         """The pages that hold the longest known prefix, with one holder more."""

@@ -38,7 +38,8 @@ class StepPlan(NamedTuple):
     tokens_BT: np.ndarray
     start_B: np.ndarray
     length_B: np.ndarray
-    pages_BP: np.ndarray  # padded with 0
+    pages_BP: np.ndarray  # in the row's shard; padded with 0
+    rows_Sb: np.ndarray | None  # the rows that live in each shard, padded with B; None if there is one shard
     feed_B: np.ndarray  # row of the step before whose first token is this row's only one, or -1
     drafted_B: np.ndarray
     seed_B: np.ndarray  # uint32
@@ -115,10 +116,22 @@ def pack(rows: Many[Row], limits: Limits, T: int, J: int) -> StepPlan:
     temperature_B, top_p_B, min_p_B, repetition_B, presence_B, frequency_B = np.ascontiguousarray(real.T)
     asked = [max(s.logprobs or 0, s.prompt_logprobs or 0) for s in (row.sequence.request.sampling for row in rows)]
     return StepPlan(
-        tokens_BT, start_B, length_B, pages_BP, feed_B, drafted_B, seed_B, temperature_B, top_k_B, top_p_B, min_p_B,
-        repetition_B, presence_B, frequency_B, *_lists(rows, B, limits), _masks(rows, B, J, limits),
-        _next(rows, B, T), J, MAX_LOGPROBS if any(asked) else 0,
+        tokens_BT, start_B, length_B, pages_BP, _by_shard(rows, B, limits), feed_B, drafted_B, seed_B, temperature_B,
+        top_k_B, top_p_B, min_p_B, repetition_B, presence_B, frequency_B, *_lists(rows, B, limits),
+        _masks(rows, B, J, limits), _next(rows, B, T), J, MAX_LOGPROBS if any(asked) else 0,
     )  # fmt: skip
+
+
+def _by_shard(rows: Many[Row], B: int, limits: Limits) -> np.ndarray | None:
+    if limits.shards == 1:
+        return None
+    found: list[list[int]] = [[] for _ in range(limits.shards)]
+    for i, row in enumerate(rows):
+        found[row.sequence.shard].append(i)
+    rows_Sb = np.full((limits.shards, padded(max(map(len, found)), limits.shard_rows)), B, np.int32)
+    for own_b, indices in zip(rows_Sb, found, strict=True):
+        own_b[: len(indices)] = indices
+    return rows_Sb
 
 
 def _lists(rows: Many[Row], B: int, limits: Limits) -> tuple[Lists, Lists, Lists, Lists]:

@@ -14,6 +14,8 @@ from kimi_jax.inference.limits import Limits
 from kimi_jax.inference.request import Event, Finish, Logprob, Request
 from kimi_jax.inference.stops import StopStrings
 
+Rank = tuple[float, int, int]
+
 
 class Detokenizer(Protocol):
     def feed(self, token: int) -> str: ...
@@ -33,7 +35,7 @@ class Sequence:
     ):  # fmt: skip
         self.id, self.sample, self.request = id, sample, request
         self.arrived = arrived
-        self.rank = (arrived - request.priority * limits.age_s, id, sample)  # the lowest goes first
+        self.rank: Rank = (arrived - request.priority * limits.age_s, id, sample)  # the lowest goes first
         self.seed = row_seed(seed, sample)
         self.tokens = list(request.prompt)
         self.n_prompt = len(request.prompt)
@@ -41,6 +43,7 @@ class Sequence:
         self.planned = self.pending = 0
         self.steps = 0  # in flight, with a row of this sequence
         self.row = -1  # in the last of them
+        self.shard = 0  # while it runs: where its pages are
         self.pages: list[int] = []
         self.keys: list[bytes] = []  # of full pages, see ``prefix.chain``
         self.published = 0  # pages
@@ -121,6 +124,10 @@ class Sequence:
             text = self._stops.feed(self._text.finish()) + self._stops.finish()
         return Event(self.id, self.sample, text=text, finish=finish, cached_tokens=self.cached_tokens, **what)
 
+    def score(self, start: int, found: list[Logprob]) -> None:
+        """Takes over the log probabilities of what follows position ``start`` in the prompt."""
+        self.scores.update(zip(range(start + 1, self.n_prompt), found, strict=False))
+
     def prompt_logprobs(self) -> tuple[Logprob | None, ...]:
         return tuple(self.scores.get(i) for i in range(self.n_prompt))
 
@@ -143,3 +150,7 @@ class Sequence:
 def row_seed(seed: int, sample: int) -> int:
     """32 bits for one of the n continuations of a request with that seed."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {sample}".encode(), digest_size=4).digest(), "little")
+
+
+def by_rank(sequence: Sequence) -> Rank:
+    return sequence.rank

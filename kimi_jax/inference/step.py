@@ -14,18 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Array, Params
 from kimi_jax.inference import cache
-from kimi_jax.inference.forward import ROWS, forward, logits
+from kimi_jax.inference.forward import forward, logits
 from kimi_jax.inference.limits import Limits
+from kimi_jax.inference.ops import ON_ONE_DEVICE, Ops
+from kimi_jax.inference.place import partitions
 from kimi_jax.inference.plan import StepPlan, StepResult
 from kimi_jax.inference.sampling import Extras, Sampled, Sampling, sample
-from kimi_jax.model import head
+from kimi_jax.inference.sharded import AXIS, sharded_ops
 
 WHOLE = ("start_B", "length_B", "feed_B", "drafted_B", "top_k_B")
 BITS = ("seed_B", "temperature_B", "top_p_B", "min_p_B", "repetition_B", "presence_B", "frequency_B")
+
+
+ROWS = 256  # of logits at a time, where all tokens of a prompt are scored
 
 
 class State(NamedTuple):
@@ -35,10 +41,35 @@ class State(NamedTuple):
     tokens_R: Array  # int32: the first token that each row of the last step sampled
 
 
-def init_state(cfg: ModelConfig, limits: Limits, dtype: str | None = None) -> State:
+def init_state(cfg: ModelConfig, limits: Limits, dtype: str | None = None, mesh: Mesh | None = None) -> State:
     lanes = 1 if jax.default_backend() == "cpu" else 128
-    cache_LPGX = cache.init(cfg, limits.n_pages, limits.page_size, lanes, dtype)
-    return State(cache_LPGX, jnp.zeros(limits.max_rows, jnp.int32))
+
+    def empty() -> State:
+        cache_LPGX = cache.init(cfg, limits.shards * limits.n_pages, limits.page_size, lanes, dtype)
+        return State(cache_LPGX, jnp.zeros(limits.max_rows, jnp.int32))
+
+    where = mesh and jax.tree.map(lambda spec: NamedSharding(mesh, spec), STATE)
+    return jax.jit(empty, out_shardings=where)()
+
+
+STATE = State(PartitionSpec(None, AXIS), PartitionSpec())  # pyright: ignore[reportArgumentType]  # on a mesh
+
+
+class Given(NamedTuple):
+    """The arrays of a plan."""
+
+    flat_BI: Any
+    rows_Sb: Any
+    extras: Extras
+    next_BT: Any
+
+
+class Shape(NamedTuple):
+    """What a step's program is compiled for, besides the shapes of arrays."""
+
+    T: int
+    J: int
+    n_logprobs: int
 
 
 class Running(NamedTuple):
@@ -48,11 +79,17 @@ class Running(NamedTuple):
     scored: Any  # as ``_scores``, or None
 
 
-def run(params: Params, cfg: ModelConfig, state: State, plan: StepPlan) -> tuple[Running, State]:
-    """Starts a step and returns at once; ``state`` is used up. The result is on its way to the host."""
-    extras: Any = (plan.seen_BU, plan.times_BU, plan.biased_BU, plan.bias_BU, plan.grammar_BJw)
-    T, J, n = plan.tokens_BT.shape[1], plan.n_sampled, plan.n_logprobs
-    running, state = _step(params, cfg, state, flat(plan), Extras(*extras), plan.next_BT, T, J, n)
+def run(
+    params: Params, cfg: ModelConfig, state: State, plan: StepPlan, mesh: Mesh | None = None
+) -> tuple[Running, State]:
+    """Starts a step and returns at once; ``state`` is used up. The result is on its way to the host.
+
+    On a mesh (``sharded.serving_mesh``), the weights lie as ``place`` says.
+    """
+    extras = Extras(plan.seen_BU, plan.times_BU, plan.biased_BU, plan.bias_BU, plan.grammar_BJw)  # pyright: ignore[reportArgumentType]
+    given = Given(flat(plan), plan.rows_Sb, extras, plan.next_BT)
+    shape = Shape(plan.tokens_BT.shape[1], plan.n_sampled, plan.n_logprobs)
+    running, state = step(params, state, given, cfg, mesh, shape)
     for array in jax.tree.leaves(running):
         array.copy_to_host_async()
     return running, state
@@ -70,11 +107,31 @@ def flat(plan: StepPlan) -> np.ndarray:
     return np.concatenate([*columns, plan.tokens_BT, plan.pages_BP], axis=1)
 
 
-@partial(jax.jit, static_argnums=(1, 6, 7, 8), donate_argnums=2)
-def _step(
-    params: Params, cfg: ModelConfig, state: State, flat_BI: Array, extras: Extras, next_BT: Array | None,
-    T: int, J: int, n: int,
-) -> tuple[Running, State]:  # fmt: skip
+def columns(T: int, P: int) -> int:
+    """Of ``flat``, for rows of T tokens and page tables of P."""
+    return len(WHOLE) + len(BITS) + T + P
+
+
+@partial(jax.jit, static_argnames=("cfg", "mesh", "shape"), donate_argnames="state")
+def step(
+    params: Params, state: State, given: Given, cfg: ModelConfig, mesh: Mesh | None, shape: Shape
+) -> tuple[Running, State]:
+    if mesh is None:
+        return _compute(cfg, shape, params, state, given)
+    whole = PartitionSpec()
+    spread = jax.shard_map(
+        partial(_compute, cfg, shape),
+        mesh=mesh,
+        in_specs=(partitions(params, cfg, mesh), STATE, whole),
+        out_specs=(whole, STATE),
+        check_vma=False,
+    )
+    return spread(params, state, given)
+
+
+def _compute(cfg: ModelConfig, shape: Shape, params: Params, state: State, given: Given) -> tuple[Running, State]:
+    (T, J, n), (flat_BI, rows_Sb, extras, next_BT) = shape, given
+    ops = ON_ONE_DEVICE if rows_Sb is None else sharded_ops(rows_Sb, len(flat_BI), cfg.vocab_size)
     n_whole, n_columns = len(WHOLE), len(WHOLE) + len(BITS)
     start_B, length_B, feed_B, drafted_B, top_k_B = flat_BI.T[:n_whole]
     seed_B, *real = flat_BI.T[n_whole:n_columns]
@@ -86,27 +143,34 @@ def _step(
     fed_B = jnp.where(feed_B >= 0, state.tokens_R[jnp.maximum(feed_B, 0)], tokens_BT[:, 0])
     tokens_BT = tokens_BT.at[:, 0].set(fed_B)
 
-    x_BTD, cache_LPGX = forward(params, cfg, state.cache_LPGX, tokens_BT, start_B, length_B, pages_BP)
+    x_BTD, cache_LPGX = forward(params, cfg, state.cache_LPGX, tokens_BT, start_B, length_B, pages_BP, ops)
     first_B = length_B - 1 - drafted_B
     drafts_BJ = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))[:, :J]  # drafts follow a row's one known token
-    sampled = sample(
-        logits(params, x_BTD, first_B, J), start_B + first_B + 1, drafts_BJ, drafted_B, sampling, extras, n
-    )  # fmt: skip
-    scored = None if next_BT is None else _scores(params, x_BTD, next_BT, n)
-    tokens_R = state.tokens_R.at[: sampled.tokens_BJ.shape[0]].set(sampled.tokens_BJ[:, 0])
+    at_B = start_B + first_B + 1
+    at_B, drafts_BJ, drafted_B, sampling, extras = ops.share((at_B, drafts_BJ, drafted_B, sampling, extras))
+    logits_BJV = logits(params, x_BTD, first_B, J, ops)
+    sampled = ops.gathered(sample(logits_BJV, at_B, drafts_BJ, drafted_B, sampling, extras, n), len(start_B))
+    scored = None if next_BT is None else _scores(params, x_BTD, next_BT, n, ops)
+    tokens_R = state.tokens_R.at[: len(start_B)].set(sampled.tokens_BJ[:, 0])
     return Running(sampled, scored), State(cache_LPGX, tokens_R)
 
 
-def _scores(params: Params, x_BTD: Array, next_BT: Array, n: int) -> tuple[Array, Array, Array]:
+def _scores(params: Params, x_BTD: Array, next_BT: Array, n: int, ops: Ops) -> tuple[Array, Array, Array]:
     """log softmax at ``next`` after every token, and the n most likely; [B, T, V] is never whole."""
+    B, T = next_BT.shape
+    t = min(max(ROWS // B, 1), T)
 
-    def one(position: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        x_BD, next_B = position
-        logits_BV = head(params, x_BD[:, None])[:, 0]
-        logits_BV -= jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
-        top_Bn, tokens_Bn = lax.top_k(logits_BV, n)
-        return jnp.take_along_axis(logits_BV, next_B[:, None], axis=-1)[:, 0], tokens_Bn, top_Bn
+    def some(positions: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        x_BtD, next_Bt = positions
+        logits_BtV = ops.head(params, x_BtD)
+        logits_BtV -= jax.nn.logsumexp(logits_BtV, axis=-1, keepdims=True)
+        top_Btn, tokens_Btn = lax.top_k(logits_BtV, n)
+        own_Bt1 = jnp.take_along_axis(logits_BtV, ops.share(next_Bt)[..., None], axis=-1)
+        return ops.gathered((own_Bt1[..., 0], tokens_Btn, top_Btn), B)
 
-    by_position = x_BTD.swapaxes(0, 1), next_BT.swapaxes(0, 1)
-    found = lax.map(one, by_position, batch_size=max(ROWS // x_BTD.shape[0], 1))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1), found)
+    def pieces(a_BT: Array) -> Array:
+        a_BT = jnp.pad(a_BT, [(0, 0), (0, -T % t)] + [(0, 0)] * (a_BT.ndim - 2))
+        return a_BT.reshape(B, -1, t, *a_BT.shape[2:]).swapaxes(0, 1)
+
+    found = lax.map(some, (pieces(x_BTD), pieces(next_BT)))
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, len(a) * t, *a.shape[3:])[:, :T], found)

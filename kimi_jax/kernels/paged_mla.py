@@ -47,6 +47,7 @@ def paged_mla(
     halves = 2 if B % 2 == 0 else 1  # a chip with two cores takes one half of the rows on each
     row = lambda half, i, *_: (half * (B // halves) + i, 0, 0)  # noqa: E731
     per_block = min(max(BLOCK // G, 1), pages_BP.shape[1])
+    positions = pages_BP.shape[1] * G  # of full page tables
     return pl.pallas_call(
         partial(_kernel, n_pages=pages_BP.shape[1], T=T, C=C, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -62,6 +63,11 @@ def paged_mla(
         ),
         out_shape=jax.ShapeDtypeStruct((B, Z, C), q_BZX.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * B * Z * positions * (X + C),
+            transcendentals=B * Z * positions,
+            bytes_accessed=B * positions * X * cache_PGX.dtype.itemsize + B * Z * (X + C) * q_BZX.dtype.itemsize,
+        ),
         interpret=interpret,
         name="paged_mla",
     )(pages_BP.reshape(-1), pos_BT.reshape(-1), q_BZX, cache_PGX)

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Array, Params, ParamSpec, Specs
 from kimi_jax.layers import experts, mla, mlp, router
+from kimi_jax.layers.linear import UNSPLIT, Split
 from kimi_jax.layers.module import declare
 from kimi_jax.layers.norm import rms_norm
 
@@ -69,29 +70,18 @@ def attend(
     return x_BTD + y_BTD, max_logits_BN
 
 
-def attend_cached(
-    p: Params, cfg: ModelConfig, x_BTD: Array, pos: mla.Positions, cache: mla.Cache, start_B: Array, allowed_BTS: Array
-) -> tuple[Array, mla.Cache]:
-    """x plus absorbed attention over the cache, in which the tokens of x are stored first from slot ``start`` on."""
-    h_BTD = rms_norm(x_BTD, p["attn_norm"], cfg.rms_norm_eps)
-    query, latent = mla.queries(p["attn"], cfg, h_BTD, pos), mla.latents(p["attn"], cfg, h_BTD, pos)
-    cache = mla.Cache(*(mla.write(old, new, start_B) for old, new in zip(cache, latent, strict=True)))
-    y_BTD, _ = mla.absorbed(p["attn"], cfg, query, cache, allowed_BTS)
-    return x_BTD + y_BTD, cache
-
-
 def feed_forward(
-    p: Params, cfg: ModelConfig, x_BTD: Array, run_experts: Callable = experts.run
+    p: Params, cfg: ModelConfig, x_BTD: Array, run_experts: Callable = experts.run, split: Split = UNSPLIT
 ) -> tuple[Array, router.Routing | None]:
     """x plus the block's feed-forward layer, and the routing if there was any."""
     h_BTD = rms_norm(x_BTD, p["mlp_norm"], cfg.rms_norm_eps)
     if "mlp" in p:
-        return x_BTD + mlp.mlp(p["mlp"], h_BTD), None
-    routing = router.route(p["moe"]["router"], cfg, h_BTD)
+        return x_BTD + split.total(mlp.mlp(p["mlp"], h_BTD)), None
+    routing = router.route(p["moe"]["router"], cfg, h_BTD, split)
     y_BTD = run_experts(p["moe"]["experts"], cfg, h_BTD, routing.weights_BTK, routing.experts_BTK)
     if cfg.n_shared_experts:
         y_BTD = y_BTD + mlp.mlp(p["moe"]["shared"], h_BTD)
-    return x_BTD + y_BTD, routing
+    return x_BTD + split.total(y_BTD), routing
 
 
 class Block(nn.Module):

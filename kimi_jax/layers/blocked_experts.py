@@ -83,7 +83,8 @@ def _walk(
 
     def step(i: Array, carry):
         expert = first + pieces.expert_I[i]
-        w = {name: lax.dynamic_index_in_dim(weights[name], expert, keepdims=False).astype(dtype) for name in weights}
+        own = jax.tree.map(partial(lax.dynamic_index_in_dim, index=expert, keepdims=False), weights)
+        w = {name: own[name].astype(dtype) for name in own}
         piece = Piece(pieces.start_I[i], pieces.end_I[i], sizes, w)
         return store(carry, expert, piece.start, compute(piece))
 
@@ -106,7 +107,7 @@ def forward(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> tup
 def blocked_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
     """``forward`` with the weights of one layer of a stack [L, E, ...], read in place. Not differentiable."""
     _, E, _, _ = stack["gate"].shape
-    flat = {name: w.reshape(-1, *w.shape[2:]) for name, w in stack.items()}
+    flat = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), stack)
     return _run(flat, x_MD, weights_MK, experts_MK, E, layer * E)[0]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,16 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from kimi_jax.dims import Array
+
+
+class Split(NamedTuple):
+    """How products with weights of which every device has a part come to be whole."""
+
+    whole: Callable = lambda x, n: x  # all n columns, where a device has computed some
+    total: Callable = lambda y: y  # the sum over devices, each of which has summed over a part
+
+
+UNSPLIT = Split()
 
 
 def product(spec: str, x: Array, y: Array) -> Array:

@@ -1,13 +1,12 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) in its naive and its absorbed form.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) in its naive form.
 
     cq = RMS(x W_qa)                        q = cq W_qb = [q_nope | q_rope]  per head
     [c | k_rope] = x W_kva;  c = RMS(c)     [k_nope | v] = c W_kvb           per head, k_rope shared by all heads
     logits = scale * (q_nope . k_nope + rot(q_rope) . rot(k_rope))
     y = softmax(logits) v W_o
 
-The naive form expands keys and values from the latent: fewest operations when all keys are new, as in training. The
-absorbed form moves W_kvb to the query and the output, so that attention runs on the latent itself: a decoding step
-reads C + R numbers per cached token and nothing per head.
+The naive form expands keys and values from the latent: fewest operations when all keys are new, as in training. What
+runs on cached latents, in this form and the absorbed one, is in ``inference.attention``.
 """
 
 from __future__ import annotations
@@ -19,19 +18,12 @@ import jax.numpy as jnp
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import HEADS, Array, Fused, Params, ParamSpec, Specs
-from kimi_jax.layers.attention import attention, masked_softmax
-from kimi_jax.layers.linear import contract, product
+from kimi_jax.layers.attention import attention
+from kimi_jax.layers.linear import UNSPLIT, Split, contract
 from kimi_jax.layers.norm import rms_norm
 from kimi_jax.layers.rope import rotate
 
 LATENT_EPS = 1e-6  # of the latent norms, whatever the config says for the others
-
-
-class Cache(NamedTuple):
-    """What decoding keeps of the past, per layer stack: latents and rotated rotary keys."""
-
-    latent_LBSC: Array
-    k_rope_LBSR: Array
 
 
 class Positions(NamedTuple):
@@ -61,20 +53,21 @@ def specs(cfg: ModelConfig) -> Specs:
     }
 
 
-def queries(p: Params, cfg: ModelConfig, x_BTD: Array, pos: Positions) -> tuple[Array, Array]:
+def queries(p: Params, cfg: ModelConfig, x_BTD: Array, pos: Positions, split: Split = UNSPLIT) -> tuple[Array, Array]:
     """The part without and the (rotated) part with rotation, [B, T, N, H] and [B, T, N, R]."""
     if cfg.q_lora_rank is None:
         q_BTNX = contract("BTD,DNX->BTNX", x_BTD, p["q"])
     else:
-        cq_BTQ = rms_norm(contract("BTD,DQ->BTQ", x_BTD, p["q_a"]), p["q_norm"], LATENT_EPS)
+        cq_BTQ = split.whole(contract("BTD,DQ->BTQ", x_BTD, p["q_a"]), cfg.q_lora_rank)
+        cq_BTQ = rms_norm(cq_BTQ, p["q_norm"], LATENT_EPS)
         q_BTNX = contract("BTQ,QNX->BTNX", cq_BTQ, p["q_b"])
     q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNX, [cfg.qk_nope_head_dim], axis=-1)
     return q_nope_BTNH, rotate(q_rope_BTNR, pos.cos, pos.sin)
 
 
-def latents(p: Params, cfg: ModelConfig, x_BTD: Array, pos: Positions) -> tuple[Array, Array]:
+def latents(p: Params, cfg: ModelConfig, x_BTD: Array, pos: Positions, split: Split = UNSPLIT) -> tuple[Array, Array]:
     """What attention keeps of each token: the normed latent [B, T, C] and the rotated shared key [B, T, R]."""
-    kv_BTX = contract("BTD,DX->BTX", x_BTD, p["kv_a"])
+    kv_BTX = split.whole(contract("BTD,DX->BTX", x_BTD, p["kv_a"]), cfg.kv_lora_rank + cfg.qk_rope_head_dim)
     c_BTC, k_rope_BTR = jnp.split(kv_BTX, [cfg.kv_lora_rank], axis=-1)
     return rms_norm(c_BTC, p["kv_norm"], LATENT_EPS), rotate(k_rope_BTR, pos.cos, pos.sin)
 
@@ -115,25 +108,3 @@ def naive(
     """Attention over keys and values expanded per head. Returns y [B, T, D] and the largest logits [B, N]."""
     o_BTNW, max_logits_BN = attend(p["kv_b"], cfg, jnp.concatenate(q, axis=-1), *kv, segment_ids_BT)
     return contract("BTNW,NWD->BTD", o_BTNW, p["o"]), max_logits_BN
-
-
-def absorbed(p: Params, cfg: ModelConfig, q: tuple[Array, Array], kv: tuple[Array, Array], allowed_BTS: Array):
-    """The same attention on the latents themselves: W_kvb is applied to the queries and to the mixed latents."""
-    q_nope_BTNH, q_rope_BTNR = q
-    c_BSC, k_rope_BSR = kv
-    w_k_CNH, w_v_CNW = jnp.split(p["kv_b"], [cfg.qk_nope_head_dim], axis=-1)
-    q_latent_BTNC = contract("BTNH,CNH->BTNC", q_nope_BTNH, w_k_CNH)
-    logits_BNTS = cfg.softmax_scale * (
-        product("BTNC,BSC->BNTS", q_latent_BTNC, c_BSC) + product("BTNR,BSR->BNTS", q_rope_BTNR, k_rope_BSR)
-    )
-    weights_BNTS, max_logits_BN = masked_softmax(logits_BNTS, allowed_BTS)
-    mixed_BTNC = product("BNTS,BSC->BTNC", weights_BNTS.astype(c_BSC.dtype), c_BSC).astype(c_BSC.dtype)
-    o_BTNW = contract("BTNC,CNW->BTNW", mixed_BTNC, w_v_CNW)
-    return contract("BTNW,NWD->BTD", o_BTNW, p["o"]), max_logits_BN
-
-
-def write(cache_BSX: Array, new_BTX: Array, start_B: Array) -> Array:
-    """Stores ``new`` of each sequence at its own slot ``start``; the caller guarantees the room."""
-    slots_BT = start_B[:, None] + jnp.arange(new_BTX.shape[1])
-    rows_B1 = jnp.arange(cache_BSX.shape[0])[:, None]
-    return cache_BSX.at[rows_B1, slots_BT].set(new_BTX.astype(cache_BSX.dtype), mode="drop")

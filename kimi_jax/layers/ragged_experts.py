@@ -1,14 +1,23 @@
-"""Routed experts by grouped products: the assignments sorted by expert, and ``lax.ragged_dot``, one kernel on TPU."""
+"""Routed experts by grouped products: the assignments sorted by expert, and ``lax.ragged_dot``, one kernel on TPU.
+
+Eight-bit weights go through a kernel of ours (``kernels.grouped_quantized``): ``ragged_dot`` takes none with scales.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kimi_jax.dims import Array, Params
+from kimi_jax.kernels.grouped_quantized import grouped as grouped_quantized
+from kimi_jax.kernels.grouped_quantized import grouped_plain as grouped_quantized_plain
+from kimi_jax.kernels.grouped_quantized import tiles
 from kimi_jax.layers.dispatch import Hidden, combine, sort_assignments, sum_copies
 from kimi_jax.layers.mlp import swiglu
+from kimi_jax.layers.quantized import Quantized
 
 ROWS_SUMMED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
@@ -46,13 +55,35 @@ def forward(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> tup
 def ragged_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
     """``forward`` with the weights of one layer of a stack [L, E, ...], read in place: the experts of all layers are
     groups, and on TPU the kernel visits those that have rows. Not differentiable."""
+    if isinstance(stack["gate"], Quantized):
+        return _quantised_experts_of(stack, layer, x_MD, weights_MK, experts_MK)
     L, E = stack["gate"].shape[:2]
-    flat = {name: w.reshape(L * E, *w.shape[2:]) for name, w in stack.items()}
+    flat = jax.tree.map(lambda w: w.reshape(L * E, *w.shape[2:]), stack)
     order = sort_assignments(experts_MK, E)
     sizes_LE = lax.dynamic_update_slice(jnp.zeros(L * E, jnp.int32), order.sizes_E, (layer * E,))
     x_AD = x_MD[order.order_A // experts_MK.shape[1]]
     gate_AF, up_AF = (grouped(x_AD, flat[name], sizes_LE) for name in ("gate", "up"))
     y_AD = grouped(swiglu(gate_AF, up_AF), flat["down"], sizes_LE)
+    return combine(y_AD[order.inverse_MK], weights_MK).astype(x_MD.dtype)
+
+
+def _quantised_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
+    (M, K), (L, E, _, _) = experts_MK.shape, stack["gate"].shape
+    flat = jax.tree.map(lambda w: w.reshape(L * E, *w.shape[2:]), stack)
+    order = sort_assignments(experts_MK, E)
+    t = tiles(order.sizes_E, M * K)
+    token_R = jnp.zeros(t.n_slots, jnp.int32).at[t.slot_A].set(order.order_A // K, mode="drop")
+
+    def product(x_RX: Array, w: Quantized) -> Array:
+        rows, columns = w.blocks[-2:]
+        on_tpu = partial(grouped_quantized, blocks=(rows, columns), most=min(E, M * K))
+        elsewhere = partial(grouped_quantized_plain, blocks=(rows, columns))
+        args = x_RX, w.values, w.scale, layer * E + t.group_I, t.count
+        return lax.platform_dependent(*args, tpu=on_tpu, default=elsewhere)
+
+    x_RD = x_MD[token_R]
+    y_RD = product(swiglu(product(x_RD, flat["gate"]), product(x_RD, flat["up"])), flat["down"])
+    y_AD = y_RD.at[t.slot_A].get(mode="fill", fill_value=0)
     return combine(y_AD[order.inverse_MK], weights_MK).astype(x_MD.dtype)
 
 

@@ -17,6 +17,7 @@ from jax import lax
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import BUFFER, Array, Params, ParamSpec, Specs
+from kimi_jax.layers.linear import UNSPLIT, Split
 
 
 class Routing(NamedTuple):
@@ -33,14 +34,14 @@ def specs(cfg: ModelConfig) -> Specs:
     }
 
 
-def route(p: Params, cfg: ModelConfig, x_BTD: Array) -> Routing:
+def route(p: Params, cfg: ModelConfig, x_BTD: Array, split: Split = UNSPLIT) -> Routing:
     logits_BTE = jnp.einsum(
         "BTD,DE->BTE",
         x_BTD.astype(jnp.float32),
         p["weight"].astype(jnp.float32),
         precision=lax.Precision.HIGHEST,
     )
-    scores_BTE = jax.nn.sigmoid(logits_BTE)
+    scores_BTE = jax.nn.sigmoid(split.whole(logits_BTE, cfg.n_routed_experts))
     _, experts_BTK = lax.top_k(lax.stop_gradient(scores_BTE + p["bias"]), cfg.num_experts_per_tok)
     weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
     if cfg.norm_topk_prob:

@@ -29,6 +29,7 @@ from kimi_jax.optim.axes import ELEMENTWISE, FROZEN, MATRIX, Layout
 from kimi_jax.optim.newton_schulz import newton_schulz
 
 LearningRate = float | Callable[[Array], Array]
+PIECES = 3  # that a stack of experts is taken in: only one at a time has temporaries
 
 
 class MuonClipState(NamedTuple):
@@ -46,6 +47,23 @@ def orthogonalised(direction: Array, layout: Layout, rms: float, steps: int, dty
         rms * max(m.shape[-2:]) ** 0.5 * newton_schulz(m, steps, dtype) for m in matrix_axes.matrices(direction, layout)
     ]
     return matrix_axes.leaf(stacks, direction.shape, layout)
+
+
+def by_pieces(
+    f: Callable[..., tuple[Array, ...]], stacks: tuple[Array, ...], others: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """``f(*stacks, *others)``, new values of ``stacks``, some layers at a time and each in the place of the old."""
+    L = len(stacks[0])
+    size = -(-L // PIECES)
+
+    def piece(start: Array | int, size: int, stacks: tuple[Array, ...]) -> tuple[Array, ...]:
+        new = f(*(lax.dynamic_slice_in_dim(stack, start, size) for stack in (*stacks, *others)))
+        new = [n.astype(stack.dtype) for n, stack in zip(new, stacks, strict=True)]
+        new = lax.optimization_barrier(new)  # all is read before anything is written, else the stacks are copied
+        return tuple(lax.dynamic_update_slice_in_dim(s, n, start, 0) for s, n in zip(stacks, new, strict=True))
+
+    stacks = lax.fori_loop(0, L // size, lambda i, stacks: piece(i * size, size, stacks), stacks)
+    return piece(L - L % size, L % size, stacks) if L % size else stacks
 
 
 def muon_clip(
@@ -175,21 +193,32 @@ def _transform(
             g_LN = qk_clip.clip_factors(qk_clip.check_shape(max_logits, n_layers_and_heads), tau)
             ever_clipped = ever_clipped | (g_LN < 1)
 
+        def decayed(direction: Array, p: Array) -> Array:
+            return -lr * (direction + weight_decay * p)
+
+        def muon(layout: Layout, grad: Array, first: Array, p: Array) -> tuple[Array, Array]:
+            def step(grad: Array, first: Array, p: Array) -> tuple[Array, Array]:
+                assert matrix_update is not None
+                total = momentum * first.astype(jnp.float32) + grad
+                return decayed(matrix_update(grad, total, layout), p), total.astype(first.dtype)
+
+            if layout.stack < 2:
+                return step(grad, first, p)
+            grad = grad.astype(jnp.promote_types(grad.dtype, p.dtype))
+            in_place_of_grad, first = by_pieces(step, (grad, first), (p,))
+            return in_place_of_grad, first
+
         def one(path, layout: Layout, grad: Array, p: Array, first, second):
             if layout.kind == FROZEN:
                 return jnp.zeros_like(p), first, second
             if layout.kind == MATRIX:
-                assert matrix_update is not None
-                total = momentum * first.astype(jnp.float32) + grad
-                direction = matrix_update(grad, total, layout)
-                first = total.astype(first.dtype)
+                step, first = muon(layout, grad, first, p)
             else:
                 grad = grad.astype(first.dtype)
                 first = b1 * first + (1 - b1) * grad
                 second = b2 * second + (1 - b2) * jnp.square(grad)
                 m_hat, v_hat = first / (1 - b1**count), second / (1 - b2**count)
-                direction = m_hat / (jnp.sqrt(v_hat) + eps)
-            step = -lr * (direction + weight_decay * p)
+                step = decayed(m_hat / (jnp.sqrt(v_hat) + eps), p)
             key = jax.tree_util.keystr(path)
             if key in leaves:
                 step = lax.optimization_barrier(step)  # no fused multiply-add with p that the clip would prevent

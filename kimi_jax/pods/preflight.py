@@ -20,7 +20,7 @@ from kimi_jax.pods.total import Total
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def facts(config: Mapping[str, Any], workdir: Path) -> dict[str, str]:
+def facts(config: Mapping[str, Any], workdir: Path | None) -> dict[str, str]:
     """Versions, a digest of our own sources, and every entry of the resolved config: the roll call compares them."""
     found = {f"version of {name}": _version(name) for name in PACKAGES}
     return found | {"source code of kimi_jax": _sources(), "--workdir": str(workdir)} | _flat(config, "config")

@@ -22,10 +22,14 @@ from kimi_jax.pods.watchdog import StepLimit, Watchdog
 
 
 class Session:
-    """What a training loop tells about itself, on one process or several."""
+    """What a run tells about itself, on one process or several. ``host``: of process 0, as all others reach it.
+    ``mark``: the same on all processes of this start, known to nobody else."""
 
-    def __init__(self, prog: str, cfg: PodsConfig, peers: Peers | None = None):
+    def __init__(
+        self, prog: str, cfg: PodsConfig, peers: Peers | None = None, processes: int = 1, host: str = "", mark: str = ""
+    ):
         self._prog, self._cfg, self._peers = prog, cfg, peers
+        self.process, self.processes, self.host, self.mark = peers.process if peers else 0, processes, host, mark
         self._watchdog = Watchdog(self._hang)
         self._limit: StepLimit | None = None
 
@@ -56,7 +60,7 @@ class Session:
             self._peers.hang(line)
         leave(f"{self._prog}: {line}", stacks=True)
 
-    def preflight(self, workdir: Path, mark: str) -> None:
+    def preflight(self, workdir: Path | None) -> None:
         """Raises ``UserError``, or ends all processes when the time is over."""
         assert self._peers
         seconds = self._cfg.start_seconds
@@ -65,15 +69,18 @@ class Session:
         preflight.check_devices(devices, self._peers.name)
         self._expect("the first collective", seconds)
         preflight.check_collective(devices)
-        self._expect("the check of the workdir", seconds)
-        name = self._peers.name(self._peers.process)
-        preflight.check_workdir(workdir, mark, lambda: preflight.check_collective(devices), name)
+        if workdir:
+            self._expect("the check of the workdir", seconds)
+            name = self._peers.name(self._peers.process)
+            preflight.check_workdir(workdir, self.mark, lambda: preflight.check_collective(devices), name)
         self._watchdog.rest()
         self.at("the set-up")
 
 
 @contextmanager
-def joined(prog: str, told: Told, cfg: PodsConfig, config: Mapping[str, Any], workdir: Path) -> Iterator[Session]:
+def joined(
+    prog: str, told: Told, cfg: PodsConfig, config: Mapping[str, Any], workdir: Path | None = None
+) -> Iterator[Session]:
     """Starts ``jax.distributed`` if the run has several processes, and ends it.
 
     Before: a roll call and a preflight, which name the process that is missing or different. During: when one process
@@ -88,10 +95,11 @@ def joined(prog: str, told: Told, cfg: PodsConfig, config: Mapping[str, Any], wo
     present = roll_call(cluster, preflight.facts(config, workdir), cfg.start_seconds)
     peers = Peers(prog, cluster.process, present, cfg.heartbeat_seconds)
     peers.start()
-    session = Session(prog, cfg, peers)
+    host = cluster.coordinator.rpartition(":")[0].strip("[]")
+    session = Session(prog, cfg, peers, cluster.processes, host, present.mark)
     try:
         _start_jax(cluster, cfg)
-        session.preflight(workdir, present.mark)
+        session.preflight(workdir)
         yield session
     except BaseException as error:
         _fail(peers, error)

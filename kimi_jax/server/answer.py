@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kimi_jax.data.detokenizer import Detokenizer
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.inference.stops import StopStrings
-from kimi_jax.server.engine import Constraint, Engine, Finished, FinishReason, PromptScores, Sampling, Token
+from kimi_jax.server.engine import Engine, FinishReason, PromptScores, Sampling, Token
 from kimi_jax.server.errors import ApiError
 from kimi_jax.server.tool_parser import MARKERS, Event, Text, ToolParser
 
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to generate."""
+    """``n`` answers to generate."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
-    constraint: Callable[[], Constraint | None] = lambda: None
+    n: int = 1
     stops: tuple[str, ...] = ()
     parse: bool = True  # tool markers and calls out of the text; else the markers stay
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What one token brought. ``tokens`` may hold several, or none at the end, when held-back text is released."""
 
-    events: tuple[Event, ...]
+    events: Sequence[Event]
     tokens: tuple[Token, ...] = ()
 
 
@@ -55,6 +54,7 @@ class Reader:
         self._text = Detokenizer(tokenizer, keep=() if parse else MARKERS)
         self._parser = ToolParser() if parse else None
         self._stops = StopStrings(stops)
+        self._cuts = bool(stops)
 
     @property
     def met(self) -> str | None:
@@ -82,6 +82,8 @@ class Reader:
         return self._cut(self._parser.feed(text) if self._parser else [Text(text)])
 
     def _cut(self, events: Sequence[Event]) -> list[Event]:
+        if not self._cuts:
+            return list(events)
         found: list[Event] = []
         for event in events:
             if self.met:
@@ -95,61 +97,84 @@ class Reader:
         return found
 
 
-async def generate(engine: Engine, tokenizer: Tokenizer, job: Job) -> AsyncGenerator[Part, None]:
-    """The parts of one answer; ``End`` is the last. Closing the iterator cancels the engine's work."""
-    if job.sampling.max_tokens == 0 and job.sampling.prompt_logprobs is None:
-        yield End("length", None, 0, 0)
+async def generate(
+    engine: Engine, tokenizer: Tokenizer, job: Job, first: int = 0
+) -> AsyncGenerator[tuple[int, Part], None]:
+    """The parts of the job's answers with their numbers, counted from ``first``; an answer's last is ``End``.
+
+    Closing the iterator cancels the engine's work.
+    """
+    sampling, running = job.sampling, {i: _Answer(Reader(tokenizer, job.stops, job.parse)) for i in range(job.n)}
+    if sampling.max_tokens == 0 and sampling.prompt_logprobs is None:
+        for i in running:
+            yield first + i, End("length", None, 0, 0)
         return
-    reader = Reader(tokenizer, job.stops, job.parse)
-    reason, cached, count = "length", 0, 0
-    sampling = dataclasses.replace(job.sampling, constraint=job.constraint())
-    async with contextlib.aclosing(engine.generate(job.prompt_ids, sampling)) as events:
-        async for event in events:
-            match event:
-                case PromptScores():
-                    yield event
-                case Finished():
-                    reason, cached = event.reason, event.cached_tokens
-                case Token():
-                    count += 1
-                    stop = event.id in sampling.stop_ids
-                    yield Step(tuple([] if stop else reader.feed(event.id)), (event,))
-                    if reader.met:
-                        reason = "stop"
-                        break
-    if rest := reader.finish():
-        yield Step(tuple(rest))
-    yield End("stop" if reader.met else reason, reader.met, count, cached)
+    async with contextlib.aclosing(engine.generate(job.prompt_ids, sampling, job.n)) as events:
+        async for i, event in events:
+            if isinstance(event, PromptScores):
+                for number in running:
+                    yield first + number, event
+                continue
+            answer = running.get(i)
+            if answer is None:  # a stop text was met; the engine does not know
+                continue
+            end = None
+            if isinstance(event, Token):
+                answer.count += 1
+                stop = event.id in sampling.stop_ids
+                yield first + i, Step(() if stop else answer.reader.feed(event.id), (event,))
+                if answer.reader.met:
+                    end = End("stop", answer.reader.met, answer.count, 0)
+            else:
+                if rest := answer.reader.finish():
+                    yield first + i, Step(rest)
+                met = answer.reader.met
+                end = End("stop" if met else event.reason, met, answer.count, event.cached_tokens)
+            if end:
+                del running[i]
+                yield first + i, end
+                if not running:
+                    return
+
+
+@dataclass
+class _Answer:
+    reader: Reader
+    count: int = 0
 
 
 async def generate_all(
     engine: Engine, tokenizer: Tokenizer, jobs: Sequence[Job]
 ) -> AsyncGenerator[tuple[int, Part], None]:
-    """The parts of all jobs as they come, with the job's index. An error in one ends all."""
+    """The parts of all jobs as they come, the answers numbered in their order. An error in one ends all."""
+    firsts = [sum(job.n for job in jobs[:i]) for i in range(len(jobs))]
     if len(jobs) == 1:
         async with contextlib.aclosing(generate(engine, tokenizer, jobs[0])) as parts:
-            async for part in parts:
-                yield 0, part
+            async for numbered in parts:
+                yield numbered
         return
-    queue: asyncio.Queue[tuple[int, Part | Exception]] = asyncio.Queue(maxsize=4 * len(jobs))
+    queue: asyncio.Queue[tuple[int, Part] | Exception | None] = asyncio.Queue(maxsize=4 * len(jobs))
 
-    async def run(index: int) -> None:
+    async def run(job: Job, first: int) -> None:
         try:
-            async with contextlib.aclosing(generate(engine, tokenizer, jobs[index])) as parts:
-                async for part in parts:
-                    await queue.put((index, part))
+            async with contextlib.aclosing(generate(engine, tokenizer, job, first)) as parts:
+                async for numbered in parts:
+                    await queue.put(numbered)
+            await queue.put(None)
         except Exception as error:
-            await queue.put((index, error))
+            await queue.put(error)
 
-    tasks = [asyncio.create_task(run(i)) for i in range(len(jobs))]
+    tasks = [asyncio.create_task(run(job, first)) for job, first in zip(jobs, firsts, strict=True)]
     try:
         left = len(jobs)
         while left:
-            index, part = await queue.get()
-            if isinstance(part, Exception):
-                raise part
-            left -= isinstance(part, End)
-            yield index, part
+            found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                left -= 1
+            else:
+                yield found
     finally:
         for task in tasks:
             task.cancel()

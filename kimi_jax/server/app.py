@@ -14,6 +14,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -35,6 +37,11 @@ from kimi_jax.server.responses_answer import ResponsesCall
 from kimi_jax.server.service import Call, Parts, Service, sse
 
 log = logging.getLogger("kimi_jax.server")
+BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountRequest)
+BODIES += (tokens.TokenizeRequest, tokens.DetokenizeRequest)
+_REFERENCES, _SCHEMAS = models_json_schema(
+    [(model, "validation") for model in BODIES], ref_template="#/components/schemas/{model}"
+)
 PAGE = Path(__file__).with_name("page.html")
 PAGE_POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 
@@ -78,7 +85,11 @@ class Server:
             call = await asyncio.to_thread(make, body, self.service)
             record: Record = request.state.record
             prompt_tokens = len(call.jobs[0].prompt_ids)
-            record.fields |= {"prompt_tokens": prompt_tokens, "answers": len(call.jobs), "stream": call.stream}
+            record.fields |= {
+                "prompt_tokens": prompt_tokens,
+                "answers": sum(job.n for job in call.jobs),
+                "stream": call.stream,
+            }
             parts = generate_all(self.service.engine, self.service.tokenizer, call.jobs)
             parts = self.metrics.observe(parts, prompt_tokens, record.began)
             if call.stream:
@@ -86,7 +97,7 @@ class Server:
             async with contextlib.aclosing(parts):
                 return JSONResponse(await while_connected(request.receive, call.body(parts)))
 
-    async def _events(self, call: Call, parts: Parts, path: str) -> AsyncGenerator[str, None]:
+    async def _events(self, call: Call, parts: Parts, path: str) -> AsyncGenerator[bytes, None]:
         async with contextlib.aclosing(parts):
             try:
                 async for event in call.events(parts):
@@ -121,6 +132,7 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     _add_answers(app, server)
     _add_operations(app, server)
     _add_errors(app)
+    _add_schemas(app)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -129,10 +141,22 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     return app
 
 
-def _described(model: Any) -> dict[str, Any]:
+def _described(model: type[BaseModel]) -> dict[str, Any]:
     """The request's schema, for the OpenAPI description."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
+    content = {"application/json": {"schema": _REFERENCES[model, "validation"]}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _add_schemas(app: FastAPI) -> None:
+    """Handlers read bodies themselves, so that FastAPI does not know the schemas that ``_described`` refers to."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        found = describe()
+        found.setdefault("components", {}).setdefault("schemas", {}).update(_SCHEMAS["$defs"])
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_answers(app: FastAPI, server: Server) -> None:

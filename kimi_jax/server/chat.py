@@ -132,8 +132,8 @@ def structured_outputs(value: dict[str, Any] | None) -> Format | None:
     raise ApiError(400, "structured_outputs must hold json (a schema), regex (a string) or choice (texts)", param)
 
 
-def jobs_of(request: ChatRequest, service: Service) -> tuple[list[Job], bool]:
-    """One job per choice, and whether the answers may hold calls."""
+def job_of(request: ChatRequest, service: Service) -> tuple[Job, bool]:
+    """The job, and whether the answers may hold calls."""
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     planned = plan(dialogue_of(request), service.tokenizer, service.vocabulary)
@@ -143,9 +143,6 @@ def jobs_of(request: ChatRequest, service: Service) -> tuple[list[Job], bool]:
         sampling,
         max_tokens=token_limit(wanted, len(planned.prompt_ids), service.engine.max_model_len),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        constraint=planned.constraint,
     )
-    jobs = []
-    for i in range(request.n or 1):
-        seeded = sampling if sampling.seed is None or i == 0 else dataclasses.replace(sampling, seed=sampling.seed + i)
-        jobs.append(Job(planned.prompt_ids, seeded, planned.constraint, tuple(request.stop)))
-    return jobs, planned.calls
+    return Job(planned.prompt_ids, sampling, request.n or 1, tuple(request.stop)), planned.calls

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kimi_jax.server.answer import End, Job, Step
-from kimi_jax.server.chat import ChatRequest, jobs_of
+from kimi_jax.server.chat import ChatRequest, job_of
 from kimi_jax.server.engine import Token
 from kimi_jax.server.logprobs import chat_logprobs
 from kimi_jax.server.service import Parts, Service, new_id, sse, validate
@@ -24,8 +24,8 @@ class Choice:
     end: End | None = None
 
 
-def usage(jobs: Sequence[Job], ends: Sequence[End]) -> dict[str, Any]:
-    prompt, output = len(jobs[0].prompt_ids), sum(end.output_tokens for end in ends)
+def usage(job: Job, ends: Sequence[End]) -> dict[str, Any]:
+    prompt, output = len(job.prompt_ids), sum(end.output_tokens for end in ends)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": output,
@@ -38,13 +38,14 @@ class ChatCall:
     def __init__(self, body: Any, service: Service):
         self.request = validate(ChatRequest, body)
         self.model = service.check_model(self.request.model)
-        self.jobs, self._calls = jobs_of(self.request, service)
+        self.job, self._calls = job_of(self.request, service)
+        self.jobs = [self.job]
         self.stream = bool(self.request.stream)
         self._tokenizer = service.tokenizer
         self._head = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": self.model}
 
     async def body(self, parts: Parts) -> dict[str, Any]:
-        choices = [Choice() for _ in self.jobs]
+        choices = [Choice() for _ in range(self.job.n)]
         async for index, part in parts:
             choice = choices[index]
             if isinstance(part, Step):
@@ -56,11 +57,11 @@ class ChatCall:
             **self._head,
             "object": "chat.completion",
             "choices": [self._choice(i, choice) for i, choice in enumerate(choices)],
-            "usage": usage(self.jobs, [choice.end for choice in choices if choice.end]),
+            "usage": usage(self.job, [choice.end for choice in choices if choice.end]),
             "system_fingerprint": None,
         }
         if self.request.return_token_ids:
-            found["prompt_token_ids"] = list(self.jobs[0].prompt_ids)
+            found["prompt_token_ids"] = list(self.job.prompt_ids)
         return found
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -81,21 +82,21 @@ class ChatCall:
         """With token ids, the scores are of every token, the stop token too; else of those that are text or calls."""
         found: dict[str, Any] = {"logprobs": None}
         if self.request.logprobs:
-            stops = frozenset() if self.request.return_token_ids else self.jobs[0].sampling.stop_ids
+            stops = frozenset() if self.request.return_token_ids else self.job.sampling.stop_ids
             found["logprobs"] = chat_logprobs(self._tokenizer, [token for token in tokens if token.id not in stops])
         if self.request.return_token_ids:
             found["token_ids"] = [token.id for token in tokens]
         return found
 
-    async def events(self, parts: Parts) -> AsyncIterator[str]:
+    async def events(self, parts: Parts) -> AsyncIterator[bytes]:
         options = self.request.stream_options
         count = bool(options and options.include_usage)
-        for index in range(len(self.jobs)):
+        for index in range(self.job.n):
             first = self._chunk(index, {"role": "assistant", "content": ""}, count=count)
             if self.request.return_token_ids:
-                first["prompt_token_ids"] = list(self.jobs[0].prompt_ids)
+                first["prompt_token_ids"] = list(self.job.prompt_ids)
             yield sse(first)
-        answers = [Answer() for _ in self.jobs]
+        answers = [Answer() for _ in range(self.job.n)]
         ends = []
         async for index, part in parts:
             if isinstance(part, Step):
@@ -110,7 +111,7 @@ class ChatCall:
                 yield sse(self._chunk(index, {}, reason=self._reason(answers[index], part), count=count))
         if count:
             head = {**self._head, "object": "chat.completion.chunk", "system_fingerprint": None}
-            yield sse({**head, "choices": [], "usage": usage(self.jobs, ends)})
+            yield sse({**head, "choices": [], "usage": usage(self.job, ends)})
         yield sse("[DONE]")
 
     def _reason(self, answer: Answer, end: End) -> str:

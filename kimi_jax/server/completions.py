@@ -45,7 +45,8 @@ class CompletionCall:
             raise ApiError(400, "this model does not fill in before a suffix", "suffix")
         if request.best_of not in (None, request.n or 1):
             raise ApiError(400, "best_of must equal n", "best_of")
-        self.jobs = [job for prompt in self._prompts(service) for job in self._jobs(prompt, service)]
+        self.jobs = [self._job(prompt, service) for prompt in self._prompts(service)]
+        self._answers = [job for job in self.jobs for _ in range(job.n)]  # the job of each
         self._head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time())}
         self._head |= {"model": self.model, "system_fingerprint": None}
 
@@ -61,41 +62,34 @@ class CompletionCall:
             found.append(ids or [service.tokenizer.bos])
         return found
 
-    def _jobs(self, ids: list[int], service: Service) -> list[Job]:
+    def _job(self, ids: list[int], service: Service) -> Job:
         request = self.request
         wanted = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         full = wanted == 0 and len(ids) == service.engine.max_model_len
         limit = 0 if full else token_limit(wanted, len(ids), service.engine.max_model_len)
         sampling = request.sampling(service.engine.vocab_size, service.tokenizer.stop_ids, DEFAULT_TEMPERATURE)
+        form = structured_outputs(request.structured_outputs)
+        grammar = form and compiled(service.vocabulary, form.grammar, form.param)
         sampling = dataclasses.replace(
             sampling,
             max_tokens=limit,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
+            constraint=(lambda: service.vocabulary.matcher(grammar)) if grammar else None,
         )
-        constraint = None
-        if form := structured_outputs(request.structured_outputs):
-            constraint = compiled(service.vocabulary, form.grammar, form.param)
-        jobs = []
-        for i in range(request.n or 1):
-            seed = None if sampling.seed is None else sampling.seed + i
-            job = Job(ids, dataclasses.replace(sampling, seed=seed), stops=tuple(request.stop), parse=False)
-            if constraint:
-                job = dataclasses.replace(job, constraint=lambda source=constraint: service.vocabulary.matcher(source))
-            jobs.append(job)
-        return jobs
+        return Job(ids, sampling, request.n or 1, tuple(request.stop), parse=False)
 
     def _usage(self, ends: Sequence[End]) -> dict[str, Any]:
-        prompt = sum(len(job.prompt_ids) for job in self.jobs[:: self.request.n or 1])
+        prompt = sum(len(job.prompt_ids) for job in self.jobs)
         output = sum(end.output_tokens for end in ends)
         found = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
         return {**found, "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in ends)}}
 
     async def body(self, parts: Parts) -> dict[str, Any]:
-        texts = [self._echoed(job) for job in self.jobs]
-        tokens: list[list[Token]] = [self._unscored(job) for job in self.jobs]
-        ids: list[list[int]] = [[] for _ in self.jobs]
-        ends: list[End | None] = [None] * len(self.jobs)
+        texts = [self._echoed(job) for job in self._answers]
+        tokens: list[list[Token]] = [self._unscored(job) for job in self._answers]
+        ids: list[list[int]] = [[] for _ in self._answers]
+        ends: list[End | None] = [None] * len(self._answers)
         async for index, part in parts:
             if isinstance(part, PromptScores):
                 tokens[index] = list(part.tokens)
@@ -112,16 +106,16 @@ class CompletionCall:
             if self.request.logprobs is not None:
                 choice["logprobs"] = self._logprobs().take(tokens[i])
             if self.request.return_token_ids:
-                choice |= {"token_ids": ids[i], "prompt_token_ids": list(self.jobs[i].prompt_ids)}
+                choice |= {"token_ids": ids[i], "prompt_token_ids": list(self._answers[i].prompt_ids)}
             choices.append(choice)
         return {**self._head, "choices": choices, "usage": self._usage([end for end in ends if end])}
 
-    async def events(self, parts: Parts) -> AsyncIterator[str]:
+    async def events(self, parts: Parts) -> AsyncIterator[bytes]:
         options = self.request.stream_options
         count = bool(options and options.include_usage)
-        scores = [self._logprobs() for _ in self.jobs]
-        pending = [self._unscored(job) for job in self.jobs]
-        texts = [self._echoed(job) for job in self.jobs]
+        scores = [self._logprobs() for _ in self._answers]
+        pending = [self._unscored(job) for job in self._answers]
+        texts = [self._echoed(job) for job in self._answers]
         ends = []
         async for index, part in parts:
             ids: list[int] = []
@@ -142,7 +136,7 @@ class CompletionCall:
             if self.request.logprobs is not None:
                 choice["logprobs"] = scores[index].take(pending[index])
             if self.request.return_token_ids:
-                choice |= {"token_ids": ids, "prompt_token_ids": list(self.jobs[index].prompt_ids)}
+                choice |= {"token_ids": ids, "prompt_token_ids": list(self._answers[index].prompt_ids)}
             texts[index], pending[index] = "", []
             yield sse({**self._head, "choices": [choice], **({"usage": None} if count else {})})
         if count:

@@ -50,7 +50,7 @@ class Dialogue:
 @dataclass(frozen=True)
 class Plan:
     prompt_ids: list[int]
-    constraint: Callable[[], Constraint | None]  # a fresh one for each answer
+    constraint: Callable[[], Constraint] | None  # a fresh one for each answer
     calls: bool  # whether the answer may hold calls
 
 
@@ -75,7 +75,7 @@ def plan(dialogue: Dialogue, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Pl
     content = dialogue.format and compiled(vocabulary, dialogue.format.grammar, dialogue.format.param)
     names = functions.keys() if dialogue.allowed is None else functions.keys() & dialogue.allowed
     if dialogue.tool_choice == "none" or not names:
-        return Plan(ids, lambda: _text_only(vocabulary, content, bool(functions)), calls=False)
+        return Plan(ids, _text_only(vocabulary, content, bool(functions)), calls=False)
     forced = dialogue.tool_choice == "required"
     arguments = {
         name: _arguments(function, forced, vocabulary, i)
@@ -87,11 +87,11 @@ def plan(dialogue: Dialogue, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Pl
     return Plan(ids, lambda: ToolCalls(vocabulary, rules), calls=True)
 
 
-def _text_only(vocabulary: Vocabulary, content: str | None, tools: bool) -> Constraint | None:
+def _text_only(vocabulary: Vocabulary, content: str | None, tools: bool) -> Callable[[], Constraint] | None:
     """Without tools there is no reason for a call, and stray markers are no content; with them, calls are ruled out."""
     if content:
-        return vocabulary.matcher(content)
-    return Without(vocabulary, [vocabulary.special_ids[name] for name in MARKERS]) if tools else None
+        return lambda: vocabulary.matcher(content)
+    return (lambda: Without(vocabulary, [vocabulary.special_ids[name] for name in MARKERS])) if tools else None
 
 
 def compiled(vocabulary: Vocabulary, source: Callable[[], str], param: str) -> str:

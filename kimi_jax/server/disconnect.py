@@ -38,7 +38,7 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, content: AsyncGenerator[str, None], on_end: Callable[[], None]):
+    def __init__(self, content: AsyncGenerator[bytes, None], on_end: Callable[[], None]):
         super().__init__(content, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._content, self._on_end = content, on_end
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,11 +38,10 @@ class Sampling:
     stop_ids: frozenset[int] = frozenset()  # end the answer; reported as the last Token
     logprobs: int | None = None  # also report so many of the most likely tokens; 0: only the sampled one's
     prompt_logprobs: int | None = None
-    constraint: Constraint | None = None
+    constraint: Callable[[], Constraint] | None = None  # called once for each answer
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One token and, where asked for, its log probability and the most likely ones', best first."""
 
     id: int
@@ -82,8 +81,13 @@ class Engine(Protocol):
     vocab_size: int  # the model's; it may exceed the tokenizer's
     max_model_len: int  # prompt and answer together
 
-    def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Event, None]:
-        """Events of one answer. Closing the generator cancels it and frees what it holds."""
+    def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, n: int = 1
+    ) -> AsyncGenerator[tuple[int, Event], None]:
+        """Events of ``n`` answers, each with its number. ``PromptScores`` come once, with number 0, before all else.
+
+        Closing the generator cancels what has not ended and frees what it holds.
+        """
         ...
 
     def load(self) -> Load: ...

@@ -44,8 +44,8 @@ class EngineThread:
     def __init__(self, engine: StepEngine, vocab_size: int, max_model_len: int):
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
         self._engine = engine
-        self._queues: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue[inference.Event]]] = {}
-        self._lock = threading.Lock()  # so that no event comes before its queue is known
+        self._inboxes: dict[int, _Inbox] = {}
+        self._lock = threading.Lock()  # so that no event comes before its inbox is known
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -62,23 +62,24 @@ class EngineThread:
         load = self._engine.load()
         return Load(load.running, load.waiting, load.pages_used, load.pages_total)
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Event, None]:
-        queue: asyncio.Queue[inference.Event] = asyncio.Queue()
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, n: int = 1
+    ) -> AsyncGenerator[tuple[int, Event], None]:
+        inbox, left = _Inbox(), n
         with self._lock:
             self._check()
-            id = self._engine.submit(_request(prompt_ids, sampling))
-            self._queues[id] = asyncio.get_running_loop(), queue
-        finished = False
+            id = self._engine.submit(_request(prompt_ids, sampling, n))
+            self._inboxes[id] = inbox
         try:
-            while not finished:
-                event = await queue.get()
-                finished = event.finish is not None
-                for one in _events(event, prompt_ids):
-                    yield one
+            while left:
+                for event in await inbox.take():
+                    left -= event.finish is not None
+                    for one in _events(event, prompt_ids):
+                        yield event.sample, one
         finally:
             with self._lock:
-                del self._queues[id]
-            if not finished:
+                del self._inboxes[id]
+            if left:
                 self._engine.cancel(id)
 
     def _check(self) -> None:
@@ -94,7 +95,7 @@ class EngineThread:
             log.exception("the engine has stopped")
         with self._lock:
             self._stopping.set()
-            left = list(self._queues)
+            left = list(self._inboxes)
         self._deliver([inference.Event(id, 0, finish="error", message="The engine has stopped.") for id in left])
 
     def _deliver(self, events: list[inference.Event]) -> None:
@@ -102,20 +103,40 @@ class EngineThread:
         found = defaultdict(list)
         with self._lock:
             for event in events:
-                if event.request in self._queues:
-                    loop, queue = self._queues[event.request]
-                    found[loop].append((queue, event))
+                if inbox := self._inboxes.get(event.request):
+                    found[inbox.loop].append((inbox, event))
         for loop, pairs in found.items():
             loop.call_soon_threadsafe(_put, pairs)
 
 
-def _put(pairs: list[tuple[asyncio.Queue, inference.Event]]) -> None:
-    for queue, event in pairs:
-        queue.put_nowait(event)
+class _Inbox:
+    """The events of one request that nobody has taken yet."""
+
+    def __init__(self):
+        self.loop = asyncio.get_running_loop()
+        self._events: list[inference.Event] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: inference.Event) -> None:
+        self._events.append(event)
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[inference.Event]:
+        """All there are, at least one."""
+        if not self._events:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        events, self._events = self._events, []
+        return events
 
 
-def _request(prompt_ids: Sequence[int], sampling: Sampling) -> inference.Request:
-    constraint = sampling.constraint
+def _put(pairs: list[tuple[_Inbox, inference.Event]]) -> None:
+    for inbox, event in pairs:
+        inbox.put(event)
+
+
+def _request(prompt_ids: Sequence[int], sampling: Sampling, n: int) -> inference.Request:
     return inference.Request(
         prompt=tuple(prompt_ids),
         sampling=inference.Sampling(
@@ -133,7 +154,8 @@ def _request(prompt_ids: Sequence[int], sampling: Sampling) -> inference.Request
         ),
         max_tokens=sampling.max_tokens,
         stop_ids=sampling.stop_ids,
-        grammar=(lambda: constraint) if constraint else None,
+        n=n,
+        grammar=sampling.constraint,
     )
 
 
@@ -144,8 +166,8 @@ def _events(event: inference.Event, prompt_ids: Sequence[int]) -> list[Event]:
         found.append(PromptScores(tuple(Token(i, s.logprob, s.top) if s else Token(i) for i, s in scored)))
     scores = event.logprobs or (None,) * len(event.tokens)
     found += [Token(i, s.logprob, s.top) if s else Token(i) for i, s in zip(event.tokens, scores, strict=True)]
+    if event.finish is None:
+        return found
     if event.finish in ("error", "cancelled"):
         raise ApiError(503, event.message or "The request was cancelled.")
-    if event.finish:
-        found.append(Finished("stop" if event.finish == "stop" else "length", event.cached_tokens))
-    return found
+    return [*found, Finished("stop" if event.finish == "stop" else "length", event.cached_tokens)]

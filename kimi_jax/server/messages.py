@@ -154,6 +154,6 @@ def job_of(request: MessagesRequest, service: Service) -> tuple[Job, bool]:
         top_p=request.top_p or 1.0,
         top_k=request.top_k or 0,
         stop_ids=service.tokenizer.stop_ids,
+        constraint=planned.constraint,
     )
-    stops = tuple(request.stop_sequences or ())
-    return Job(planned.prompt_ids, sampling, planned.constraint, stops), planned.calls
+    return Job(planned.prompt_ids, sampling, stops=tuple(request.stop_sequences or ())), planned.calls

@@ -56,8 +56,8 @@ class MessagesCall:
         ]
         return self._message(content, _reason(end, bool(calls)), end.stop, self._usage(end))
 
-    async def events(self, parts: Parts) -> AsyncIterator[str]:
-        def event(kind: str, **fields: Any) -> str:
+    async def events(self, parts: Parts) -> AsyncIterator[bytes]:
+        def event(kind: str, **fields: Any) -> bytes:
             return sse({"type": kind, **fields}, kind)
 
         yield event("message_start", message=self._message([], None, None, self._usage()))

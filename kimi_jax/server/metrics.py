@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -35,6 +35,7 @@ class Metrics:
     def __init__(self, load: Callable[[], Load]):
         self.registry = registry = CollectorRegistry()
         registry.register(_EngineLoad(load))
+        ProcessCollector(registry=registry)  # CPU seconds and memory, under Prometheus' usual names
         self._requests = Counter("kimi_http_requests", "Answered HTTP requests.", ["path", "status"], registry=registry)
         self._prompt = Counter("kimi_prompt_tokens", "Prompt tokens of finished answers.", registry=registry)
         self._output = Counter("kimi_generation_tokens", "Generated tokens.", registry=registry)

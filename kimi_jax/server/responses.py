@@ -159,5 +159,6 @@ def job_of(request: ResponsesRequest, items: Sequence[Item], service: Service) -
         top_p=request.top_p or 1.0,
         stop_ids=service.tokenizer.stop_ids,
         logprobs=(request.top_logprobs or 0) if scored else None,
+        constraint=planned.constraint,
     )
-    return Job(planned.prompt_ids, sampling, planned.constraint), planned.calls
+    return Job(planned.prompt_ids, sampling), planned.calls

@@ -34,7 +34,7 @@ class ResponsesCall:
             found = response.get("response", found)
         return found
 
-    async def events(self, parts: Parts) -> AsyncIterator[str]:
+    async def events(self, parts: Parts) -> AsyncIterator[bytes]:
         number = 0
         async for kind, fields in self._run(parts):
             yield sse({"type": kind, "sequence_number": number, **fields}, kind)

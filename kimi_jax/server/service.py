@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.server.answer import Job, Part
@@ -54,7 +54,7 @@ class Call(Protocol):
         """The whole answer."""
         ...
 
-    def events(self, parts: Parts) -> AsyncIterator[str]:
+    def events(self, parts: Parts) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
         ...
 
@@ -88,6 +88,6 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
 
 
-def sse(data: Any, event: str | None = None) -> str:
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {event}\ndata: {text}\n\n" if event else f"data: {text}\n\n"
+def sse(data: Any, event: str | None = None) -> bytes:
+    text = data.encode() if isinstance(data, str) else to_json(data)
+    return b"event: %b\ndata: %b\n\n" % (event.encode(), text) if event else b"data: %b\n\n" % text

@@ -18,6 +18,7 @@ import enum
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kimi_jax.server.template import ARGUMENT_BEGIN, CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END
 
@@ -30,27 +31,23 @@ _ID = re.compile(r"(?:functions\.)?(\S+):[0-9]+")
 _SPACE = " \t\r\n"
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class CallStart:
-    index: int  # within the message
+class CallStart(NamedTuple):
+    position: int  # within the message
     id: str
     name: str
 
 
-@dataclass(frozen=True)
-class Arguments:
-    index: int
+class Arguments(NamedTuple):
+    position: int
     text: str
 
 
-@dataclass(frozen=True)
-class CallEnd:
-    index: int
+class CallEnd(NamedTuple):
+    position: int
 
 
 Event = Text | CallStart | Arguments | CallEnd
@@ -104,7 +101,7 @@ class ToolParser:
         self._held = ""
         while text:
             opaque = self._state is _State.ARGUMENTS and not self._spelled
-            match = None if opaque else _MARKER.search(text)
+            match = None if opaque or "<" not in text else _MARKER.search(text)
             if match is None:
                 cut = len(text) if opaque else _certain_length(text)
                 self._text(text[:cut])
@@ -176,8 +173,12 @@ class Call:
 class Answer:
     """What the events of one output add up to."""
 
-    content: str = ""
     started: list[Call] = field(default_factory=list)
+    _texts: list[str] = field(default_factory=list)
+
+    @property
+    def content(self) -> str:
+        return "".join(self._texts)
 
     @property
     def calls(self) -> list[Call]:
@@ -188,7 +189,7 @@ class Answer:
         for event in events:
             match event:
                 case Text(text):
-                    self.content += text
+                    self._texts.append(text)
                 case CallStart(_, id_, name):
                     self.started.append(Call(id_, name))
                 case Arguments(index, text):

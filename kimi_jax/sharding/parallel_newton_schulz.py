@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from kimi_jax.dims import Array, ParamSpec
@@ -88,8 +90,9 @@ def _orthogonalised(m: Array, spread: Spread, mesh: Mesh, rms: float, steps: int
     x_Snm = lax.map(lambda x_nm: iterate(x_nm[None], steps, _blocks(dealt))[0], x_Snm)  # what is f32 is small
     for back in reversed(way_back):
         x_Snm = back(x_Snm)
-    x_Snm = rms * max(rows, columns) ** 0.5 * x_Snm.astype(jnp.float32)
-    return (x_Snm.swapaxes(1, 2) if tall else x_Snm).reshape(m.shape)
+    if tall:  # in memory too: else the compiler would turn the whole stacks that the result is added to
+        x_Snm = with_layout_constraint(x_Snm.swapaxes(1, 2), MemoryLayout((0, 1, 2)))
+    return (rms * max(rows, columns) ** 0.5 * x_Snm.astype(jnp.float32)).reshape(m.shape)
 
 
 def _blocks(dealt: Spread) -> Blocks:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kimi_jax.dims import EXPERTS, HEADS, LAYERS, VOCAB, ParamSpec, Specs, is_spec
+from kimi_jax.dims import EXPERTS, HEADS, VOCAB, ParamSpec, Specs, is_spec
 from kimi_jax.errors import UserError
 from kimi_jax.sharding.mesh import GATHERED
 
@@ -28,7 +28,10 @@ TRAIN: Rules = {  # a mesh axis goes to the first in this table that asks for it
     "q_lora": (*GATHERED, "expert"),
     "kv_lora": (*GATHERED, "expert"),
 }
-SERVE: Rules = {EXPERTS: ("expert",)}
+LOAD: Rules = {EXPERTS: ("expert",)}
+SERVE: Rules = dict.fromkeys(
+    (EXPERTS, HEADS, "mlp", VOCAB, "q_lora", "latent+rope_key", "router"), ("expert",)
+)  # of the engine: every weight but the vectors is read by one device
 
 
 def split(size: int, axes: Sequence[str], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
@@ -48,14 +51,12 @@ def _devices(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
 
 def partition(spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: Rules, name: str = "parameter") -> PartitionSpec:
     """How ``mesh`` splits one parameter. An axis that is absent or of size 1 splits nothing; a vector stays whole."""
-    n_stacks = sum(axis in (LAYERS, EXPERTS) for axis in spec.axes)
-    if len(spec.axes) - n_stacks < 2:
+    if spec.is_vector:
         return PartitionSpec(*(None,) * len(spec.axes))
     found: list[Any] = [None] * len(spec.axes)
     free = {axis for axis, size in mesh.shape.items() if size > 1}
-    order = [axis for axis in rules if axis in spec.axes]
-    for logical in order:
-        i = spec.axes.index(logical)
+    for logical in (axis for axis in rules if axis in spec.names):
+        i = spec.names.index(logical)
         taken = split(spec.shape[i], [axis for axis in rules[logical] if axis in free], mesh)
         n = _devices(mesh, taken)
         if spec.shape[i] % n:
@@ -69,7 +70,7 @@ def partition(spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: Rules, name: st
     return PartitionSpec(*found)
 
 
-def shardings(specs: Specs, mesh: Mesh, rules: Rules = SERVE) -> Any:
+def shardings(specs: Specs, mesh: Mesh, rules: Rules = LOAD) -> Any:
     """A sharding for every parameter, in the structure of the parameters.
 
     If the mesh has an axis that splits anything, all its axes become Auto, whatever they were: the compiler follows the

@@ -30,7 +30,9 @@ from kimi_jax.dims import Array, Params
 from kimi_jax.errors import UserError
 from kimi_jax.flops import peak_flops, training_flops_per_token
 from kimi_jax.host_memory import keep_freed_memory
-from kimi_jax.inference.decode import generate
+from kimi_jax.inference import offline
+from kimi_jax.inference.engine import Engine
+from kimi_jax.inference.request import Request, Sampling
 from kimi_jax.loading import load_params
 from kimi_jax.model import in_compute_dtype
 from kimi_jax.pods.rows import Rows
@@ -246,7 +248,9 @@ class Run:
         train, held = (split_bytes(self.cfg.data, which) for which in ("train", "eval"))
         baseline = order2_bits_per_byte(train, held)
         print(f"held-out bits per byte: {held_out:.4f}; an order-2 byte model of the same text: {baseline:.4f}")
-        if jax.process_count() == 1:  # generates on one device, with all the weights there
+        if (
+            self.cfg.sample_tokens > 0 and jax.process_count() == 1
+        ):  # generates on one device, with all the weights there
             print(f"sample:\n{self._sample()}", flush=True)
         else:
             print(f"for a sample: python -m kimi_jax.generate --checkpoint {self.workdir} --prompt '...'", flush=True)
@@ -255,9 +259,12 @@ class Run:
         cfg = self.cfg
         params = jax.device_put(self.state.params, jax.devices()[0])
         params = jax.jit(partial(in_compute_dtype, cfg.model))(params)
-        prompt = self.tokenizer.encode(cfg.sample_prompt) or [self.tokenizer.bos]
-        tokens = generate(params, cfg.model, [prompt], new_tokens=cfg.sample_tokens, temperature=0.7, seed=cfg.seed)
-        ids = [int(token_B[0]) for token_B in tokens]
+        most = cfg.model.max_position_embeddings
+        prompt = (self.tokenizer.encode(cfg.sample_prompt) or [self.tokenizer.bos])[: most - 1]
+        sampling = Sampling(temperature=0.7, seed=cfg.seed)
+        request = Request(tuple(prompt), sampling, min(cfg.sample_tokens, most - len(prompt)))
+        engine = Engine(params, cfg.model, offline.limits_for([request], cfg.model))
+        ids = [token for event in engine.generate([request]) for token in event.tokens]
         return self.tokenizer.decode(prompt + [i for i in ids if i < self.tokenizer.vocab_size])
 
     def _to_devices(self, local: Batch) -> Batch:

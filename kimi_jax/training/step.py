@@ -150,18 +150,25 @@ def train_step(
     limit = cfg.optimizer.max_grad_norm
     scale = 1.0 if limit is None else jnp.minimum(1.0, limit / jnp.maximum(grad_norm, 1e-12))
     grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), sums.grads)
-    updates, opt_state = optimizer(cfg, ops).update(grads, state.opt_state, state.params, max_logits=sums.max_logits_LN)
-    params = _with_new_bias(optax.apply_updates(state.params, updates), sums.load_LE, cfg.bias_update_rate)
-    new = TrainState(state.step + 1, params, opt_state)
-    kept = state._replace(step=state.step + 1)
-    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
-    n_params = sum(u.size for u in jax.tree.leaves(updates))
+    old = state._replace(step=state.step + 1)
+
+    def updated(grads: Params) -> tuple[TrainState, Array]:
+        found = optimizer(cfg, ops).update(grads, state.opt_state, state.params, max_logits=sums.max_logits_LN)
+        updates, opt_state = found
+        params = _with_new_bias(optax.apply_updates(state.params, updates), sums.load_LE, cfg.bias_update_rate)
+        n_params = sum(u.size for u in jax.tree.leaves(updates))
+        return TrainState(old.step, params, opt_state), optax.tree.norm(updates) / n_params**0.5
+
+    def kept(grads: Params) -> tuple[TrainState, Array]:
+        return old, jnp.zeros(())
+
+    state, update_rms = lax.cond(finite, updated, kept, grads)  # no copy of the state for the case that it is kept
     return state, Metrics(
         loss=sums.loss,
         balance_loss=sums.balance_loss,
         grad_norm=grad_norm,
-        update_rms=optax.tree.norm(updates) / n_params**0.5,
-        learning_rate=learning_rate(cfg)(kept.step - 1),
+        update_rms=update_rms,
+        learning_rate=learning_rate(cfg)(old.step - 1),
         finite=finite,
         max_logits_LN=sums.max_logits_LN,
         heads_ever_clipped=jnp.mean(state.opt_state.ever_clipped),

@@ -60,7 +60,7 @@ class Device:
 
     def __init__(self, limits: Limits):
         self.limits = limits
-        self.cache_PG = np.full((limits.n_pages, limits.page_size), -1)
+        self.cache_SPG = np.full((limits.shards, limits.n_pages, limits.page_size), -1)
         self.last: StepResult | None = None
         self.accepted = 0
 
@@ -68,6 +68,7 @@ class Device:
         limits, (B, T), J = self.limits, plan.tokens_BT.shape, plan.n_sampled
         assert B in limits.rows and B <= limits.max_rows and B * T <= limits.step_tokens
         assert plan.pages_BP.shape[1] in limits.page_tables
+        shard_B = self._shards(plan, B)
         texts = []
         written = set()
         for b in range(B):
@@ -82,14 +83,28 @@ class Device:
                 tokens[0] = self.last.tokens_BJ[plan.feed_B[b], 0]
             pages = plan.pages_BP[b]
             for position, token in enumerate(tokens, start):
-                slot = pages[position // limits.page_size], position % limits.page_size
-                assert slot[0] > 0 and slot not in written, "a page that another row writes, or nobody's"
+                slot = shard_B[b], pages[position // limits.page_size], position % limits.page_size
+                assert slot[1] > 0 and slot not in written, "a page that another row writes, or nobody's"
                 written.add(slot)
-                self.cache_PG[slot] = token
-            texts.append((pages, start, length))
+                self.cache_SPG[slot] = token
+            texts.append((self.cache_SPG[shard_B[b]], pages, start, length))
         assert any(texts)
         self.last = self._sample(plan, texts, B, T, J)
         return self.last
+
+    def _shards(self, plan: StepPlan, B: int) -> list[int]:
+        """Of every row; each of them with tokens, and no other, lives in one."""
+        limits = self.limits
+        if plan.rows_Sb is None:
+            assert limits.shards == 1
+            return [0] * B
+        assert limits.shards == len(plan.rows_Sb) > 1 and plan.rows_Sb.dtype == np.int32
+        found = [[row for row in rows if row != B] for rows in plan.rows_Sb.tolist()]
+        assert all(rows == found[s] + [B] * (len(rows) - len(found[s])) for s, rows in enumerate(plan.rows_Sb.tolist()))
+        most = max(map(len, found))
+        assert most <= -(-limits.max_rows // limits.shards) and plan.rows_Sb.shape[1] < 2 * most
+        assert sorted(sum(found, [])) == np.flatnonzero(plan.length_B).tolist()
+        return [next((s for s, rows in enumerate(found) if b in rows), -1) for b in range(B)]
 
     def _sample(self, plan: StepPlan, texts: list, B: int, T: int, J: int) -> StepResult:
         tokens_BJ, count_B = np.full((B, J), -7), np.ones(B, np.int32)
@@ -97,8 +112,8 @@ class Device:
         for b, row in enumerate(texts):
             if row is None:
                 continue
-            pages, start, length = row
-            text = self.cache_PG[pages].reshape(-1)[: start + length].tolist()
+            cache_PG, pages, start, length = row
+            text = cache_PG[pages].reshape(-1)[: start + length].tolist()
             assert min(text) >= 0, "reads what was never written"
             drafted = plan.drafted_B[b]
             agreed = True

@@ -1,4 +1,4 @@
-"""The engine against the plain decoding of each request alone."""
+"""The engine against the full forward pass of each request alone."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import pytest
 
 from kimi_jax.data.tokenizer import ByteTokenizer
 from kimi_jax.errors import UserError
-from kimi_jax.inference import decode, step
+from kimi_jax.inference import step
 from kimi_jax.inference.engine import Engine
 from kimi_jax.inference.limits import Limits
 from kimi_jax.inference.request import Event, Request, Sampling
-from tests.inference.test_decode import CFG, forward, parameters
+from tests.inference import tiny
+from tests.inference.tiny import CFG, full, parameters
 
 PARAMS = parameters(CFG)
 LIMITS = Limits(n_pages=7, page_size=16, max_len=80, vocab_size=CFG.vocab_size, max_rows=2, step_tokens=16)
-RNG = np.random.default_rng(3)
+RNG = np.random.default_rng(6)
 PROMPTS = [RNG.integers(0, CFG.vocab_size, length).tolist() for length in (1, 33, 5, 60, 16, 2)]
 PROMPTS += [PROMPTS[3][:40] + [1, 2], [3, 4, 5, 6] * 5]
 
@@ -37,11 +38,11 @@ def answers(events: list[Event]) -> dict[tuple[int, int], list[int]]:
 @functools.cache
 def greedy() -> list[list[int]]:
     """20 tokens for every prompt."""
-    return np.stack(list(decode.generate(PARAMS, CFG, PROMPTS, new_tokens=20)), axis=1).tolist()
+    return tiny.greedy(PARAMS, CFG, PROMPTS, 20)
 
 
 @pytest.mark.parametrize("draft", [0, 3])
-def test_greedy_is_plain_decoding(draft):
+def test_greedy_is_the_argmax_of_the_full_forward(draft):
     """Eight prompts on two rows that share and lack pages."""
     engine = Engine(PARAMS, CFG, dataclasses.replace(LIMITS, draft=draft))
     found = answers(list(engine.generate(Request(prompt=tuple(p), max_tokens=20) for p in PROMPTS)))
@@ -69,7 +70,7 @@ def test_logprobs_are_those_of_the_full_forward():
         Engine(PARAMS, CFG, LIMITS).generate([Request(prompt=tuple(PROMPTS[1]), sampling=sampling, max_tokens=5)])
     )
     text = PROMPTS[1] + answers(events)[0, 0]
-    expected = np.asarray(jax.nn.log_softmax(forward(PARAMS, CFG, jnp.asarray([text]))[0]))
+    expected = np.asarray(jax.nn.log_softmax(full(PARAMS, CFG, jnp.asarray([text]))[0]))
     scores = next(event.prompt_logprobs for event in events if event.prompt_logprobs)
     scores += tuple(score for event in events for score in event.logprobs)
     assert scores[0] is None and len(scores) == len(text)

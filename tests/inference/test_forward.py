@@ -9,18 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax import presets
-from kimi_jax.dims import map_specs
 from kimi_jax.inference import attention, cache
-from kimi_jax.inference import forward as forward_
-from kimi_jax.inference.forward import forward, logits, logprobs
-from kimi_jax.model import KimiK2, in_compute_dtype, specs
+from kimi_jax.inference.forward import forward, logits
+from kimi_jax.model import in_compute_dtype
+from tests.inference.tiny import CFG, full, parameters
 
-CFG = presets.tiny().replace(
-    vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
-    num_attention_heads=2, n_routed_experts=6, num_experts_per_tok=2, q_lora_rank=12, kv_lora_rank=8,
-    qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, dtype="float32", experts="looped",
-)  # fmt: skip
 VARIANTS = {
     "no query latent, no shared experts": CFG.replace(q_lora_rank=None, n_shared_experts=0),
     "no dense layers": CFG.replace(first_k_dense_replace=0),
@@ -28,22 +21,6 @@ VARIANTS = {
 }
 TOKENS = np.random.default_rng(1).integers(0, 61, (3, 40))
 PAGES = 1 + np.random.default_rng(2).permutation(3 * 40).reshape(3, 40)  # as many as pages of 1 token need
-
-
-def parameters(cfg):
-    rng = np.random.default_rng(0)
-
-    def draw(spec):
-        if spec.std is None:
-            return jnp.asarray(spec.fill + 0.2 * rng.standard_normal(spec.shape), jnp.float32)
-        return jnp.asarray(rng.standard_normal(spec.shape) / spec.shape[-2] ** 0.5, jnp.float32)
-
-    return map_specs(draw, specs(cfg))
-
-
-@partial(jax.jit, static_argnums=1)
-def full(params, cfg, tokens):
-    return KimiK2(cfg).apply({"params": params}, tokens)
 
 
 @partial(jax.jit, static_argnums=(1, 7), donate_argnums=2)
@@ -144,6 +121,17 @@ def test_bfloat16_stays_near_float32():
     assert np.nanmedian(error) < 0.05  # of most tokens: near ties send a few to other experts
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_bfloat16_runs_at_every_batch_size(rows):
+    cfg, params = CFG.replace(dtype="bfloat16", experts="fastest"), parameters(CFG)
+    tokens, tables = np.random.default_rng(4).integers(0, 61, (rows, 7)), 1 + np.arange(2 * rows).reshape(rows, 2)
+    plan = [(6, [6] * rows), (1, [1] * rows)]
+    found, _ = run(in_compute_dtype(cfg, params), cfg, plan, tokens=tokens, tables=tables)
+    expected = np.asarray(full(params, CFG, jnp.asarray(tokens)))
+    error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert np.median(error) < 0.05
+
+
 def test_a_step_holds_the_cache_once():
     """Donated, written and read in place: what a step holds besides is less than one layer of the cache."""
     shapes = jax.eval_shape(lambda: parameters(CFG))
@@ -154,14 +142,3 @@ def test_a_step_holds_the_cache_once():
     n_bytes = cache.n_bytes(CFG, 4000, 16)
     assert memory.alias_size_in_bytes >= n_bytes
     assert memory.temp_size_in_bytes < n_bytes / 3
-
-
-def test_logprobs_of_given_tokens(monkeypatch):
-    """Equal to float64, by pieces that do not divide the tokens."""
-    monkeypatch.setattr(forward_, "ROWS", 8)
-    rng = np.random.default_rng(6)
-    x, head, after = rng.standard_normal((3, 7, 24)), rng.standard_normal((24, 61)), rng.integers(0, 61, (3, 7))
-    z = x @ head
-    expected = np.take_along_axis(z - np.log(np.exp(z).sum(-1, keepdims=True)), after[..., None], -1)[..., 0]
-    given = {"lm_head": jnp.asarray(head, jnp.float32)}, jnp.asarray(x, jnp.float32), jnp.asarray(after)
-    np.testing.assert_allclose(jax.jit(logprobs)(*given), expected, rtol=1e-4, atol=1e-5)

@@ -22,9 +22,16 @@ def test_a_sequence_may_be_one_token_longer_than_the_cache():
     assert Limits(**{**GOOD, "max_len": 20}).most_tokens == 20
 
 
+def test_rows_are_split_evenly_and_a_request_gets_one_shard():
+    limits = Limits(**GOOD, shards=4)
+    assert (limits.rows_per_shard, limits.shard_rows) == (2, (1, 2))
+    assert (limits.capacity, limits.most_tokens) == (32, 33)
+    assert Limits(**GOOD, shards=9).rows_per_shard == 1
+
+
 @pytest.mark.parametrize(
     "name, value",
-    [("n_pages", 1), ("page_size", 0), ("max_rows", 0), ("step_tokens", 5), ("draft", -1), ("draft", 40),
+    [("n_pages", 1), ("page_size", 0), ("max_rows", 0), ("step_tokens", 5), ("draft", -1), ("draft", 40), ("shards", 0),
      ("max_wait_s", -1.0), ("age_s", float("nan"))],
 )  # fmt: skip
 def test_a_limit_that_makes_no_sense_is_refused(name, value):

@@ -49,7 +49,9 @@ def test_the_longest_known_prefix_is_shared():
     pages = filled(pool, 1, 2, 3)
     pool.release(pages)
     assert pool.in_use == 0
+    assert pool.known(keys_of(1, 2, 9, 3)) == (2, 2) and pool.known(keys_of(2)) == (0, 0)
     assert pool.share(keys_of(1, 2, 9, 3)) == pages[:2] and pool.in_use == 2
+    assert pool.known(keys_of(1, 2, 3)) == (3, 1)
     assert pool.share(keys_of(1, 2, 3)) == pages and pool.in_use == 3
     assert pool.share(keys_of(2, 3)) == []
     pool.release(pages)

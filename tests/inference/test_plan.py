@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from kimi_jax.inference.limits import Limits
@@ -44,12 +46,24 @@ def test_rows_are_padded_with_what_means_nothing():
     assert plan.feed_B.tolist() == [-1, 1, -1, -1]
     assert {name: getattr(plan, name)[3] for name in NEUTRAL} == NEUTRAL
     assert all(
-        getattr(plan, name) is None for name in StepPlan._fields if name.endswith(("BU", "BJw")) or name == "next_BT"
+        getattr(plan, name) is None
+        for name in StepPlan._fields
+        if name.endswith(("BU", "BJw", "Sb")) or name == "next_BT"
     )
     dtypes = {name: array.dtype.name for name, array in plan._asdict().items() if isinstance(array, np.ndarray)}
     real = {"temperature_B", "top_p_B", "min_p_B", "repetition_B", "presence_B", "frequency_B"}
     for name, dtype in dtypes.items():
         assert dtype == ("float32" if name in real else "uint32" if name == "seed_B" else "int32")
+
+
+def test_rows_are_listed_by_shard():
+    made = [sequence([1]) for _ in range(5)]
+    for one, shard in zip(made, (2, 0, 2, 2, 0), strict=True):
+        one.shard = shard
+    limits = dataclasses.replace(LIMITS, shards=3, max_rows=12)
+    plan = pack([Row(one, 0, [0]) for one in made], limits, T=1, J=1)
+    assert plan.rows_Sb is not None and plan.rows_Sb.dtype == np.int32 and plan.tokens_BT.shape == (8, 1)
+    assert plan.rows_Sb.tolist() == [[1, 4, 8, 8], [8, 8, 8, 8], [0, 2, 3, 8]]
 
 
 def test_only_rows_that_sample_have_parameters():

@@ -48,6 +48,7 @@ class Run(NamedTuple):
     plans: list[StepPlan]
     scheduler: Scheduler
     device: Device
+    homes: dict[tuple[int, int], list[int]]  # the shards of every continuation, one after the other
 
 
 def serve(limits: Limits, jobs: list[Job], choose=lambda scheduler: scheduler.runs_ahead) -> Run:
@@ -57,6 +58,7 @@ def serve(limits: Limits, jobs: list[Job], choose=lambda scheduler: scheduler.ru
     left = sorted(enumerate(jobs), key=lambda item: item[1].at)
     cancels = sorted((job.cancel_at, i) for i, job in enumerate(jobs) if job.cancel_at < float("inf"))
     ids: dict[int, int] = {}
+    homes: dict[tuple[int, int], list[int]] = {}
     while left or not scheduler.idle:
         while left and left[0][1].at <= now:
             index, job = left.pop(0)
@@ -68,12 +70,16 @@ def serve(limits: Limits, jobs: list[Job], choose=lambda scheduler: scheduler.ru
         if not choose(scheduler):
             while flight:
                 scheduler.commit(flight.popleft())
-        before = set(scheduler._running)
+        before = set(scheduler._running), set(scheduler._waiting), scheduler.preemptions
         plan = scheduler.plan(now)
         if plan is not None:
             plans.append(plan)
             flight.append(device.run(plan))
-        check(scheduler, device, before)
+        check(scheduler, device, *before)
+        for s in scheduler._running:
+            seen = homes.setdefault((s.id, s.sample), [s.shard])
+            assert s.shard == seen[-1] or scheduler.preemptions > before[-1] or s not in before[0], "moved in its run"
+            seen += [s.shard] * (s.shard != seen[-1])
         assert plan is not None or flight or left or scheduler.idle, "nothing moves"
         while len(flight) > (plan is not None):
             scheduler.commit(flight.popleft())
@@ -81,22 +87,39 @@ def serve(limits: Limits, jobs: list[Job], choose=lambda scheduler: scheduler.ru
         now += 1
     assert scheduler.load()[:3] == (0, 0, 0)
     named = {id: index for index, id in ids.items()}
-    return Run([event._replace(request=named[event.request]) for event in events], plans, scheduler, device)
+    events = [event._replace(request=named[event.request]) for event in events]
+    return Run(events, plans, scheduler, device, {(named[id], i): seen for (id, i), seen in homes.items()})
 
 
-def check(scheduler: Scheduler, device: Device, before: set) -> None:
-    """What holds after every plan."""
-    started = [s for s in scheduler._running if s not in before]
-    assert not any(w.rank < s.rank for s in started for w in scheduler._waiting), "the queue was jumped"
-    held = [page for s in scheduler._running for page in s.pages]
-    assert scheduler._pool.in_use == len(set(held)) and 0 not in held
-    assert len(scheduler._running) <= scheduler.limits.max_rows
+def check(scheduler: Scheduler, device: Device, running: set, waiting: set, preemptions: int) -> None:
+    """What holds after every plan; before it, these sequences ran and these waited."""
+    limits = scheduler.limits
+    started = [s for s in scheduler._running if s not in running]
+    passed = [w for w in scheduler._waiting if w in waiting or limits.shards == 1]
+    assert not any(w.rank < s.rank for s in started for w in passed), "the queue was jumped"
+    everyone = scheduler._running + scheduler._waiting
+    first = min(everyone, key=lambda s: s.rank, default=None)
+    assert first is None or first.running or first.steps, "the first in rank stands still"
+    assert len(scheduler._running) <= limits.max_rows
     assert all(not s.pages for s in scheduler._waiting)
-    for s in scheduler._running:
-        shared = device.cache_PG[s.pages[: s.published]].reshape(-1).tolist()
-        assert shared == s.tokens[: len(shared)], "shared before it is computed"
-        others = {page for other in scheduler._running if other is not s for page in other.pages}
-        assert not others & set(s.pages[s.published :]), "shared while it is written"
+    assert sorted(s.rank for shard in scheduler._shards for s in shard.running) == [s.rank for s in scheduler._running]
+    for i, shard in enumerate(scheduler._shards):
+        held = [page for s in shard.running for page in s.pages]
+        assert shard.pool.in_use == len(set(held)) and 0 not in held
+        assert len(shard.running) <= -(-limits.max_rows // limits.shards)
+        for s in shard.running:
+            assert s.shard == i
+            shared = device.cache_SPG[i, s.pages[: s.published]].reshape(-1).tolist()
+            assert shared == s.tokens[: len(shared)], "shared before it is computed"
+            others = {page for other in shard.running if other is not s for page in other.pages}
+            assert not others & set(s.pages[s.published :]), "shared while it is written"
+    head = scheduler._waiting[0] if scheduler._waiting else None
+    undisturbed = scheduler.preemptions == preemptions and len(scheduler._running) < limits.max_rows
+    if head and head in waiting and not head.steps and undisturbed:
+        need = limits.pages_for(len(head.tokens))
+        for shard in scheduler._shards:
+            has_row = len(shard.running) < -(-limits.max_rows // limits.shards)
+            assert not has_row or shard.pool.available < need + len(shard.running), "waits though there is room"
 
 
 def answers(run: Run, jobs: list[Job]) -> dict[tuple[int, int], tuple[list[int], str]]:
@@ -157,6 +180,7 @@ def workloads(draw) -> tuple[Limits, list[Job]]:
     limits = Limits(
         n_pages=1 + -(-draw(st.integers(48, 90)) // page_size), page_size=page_size, max_len=draw(st.integers(48, 64)),
         vocab_size=VOCAB, max_rows=max_rows, step_tokens=draw(st.integers(max(max_rows, 5), 40)),
+        shards=draw(st.sampled_from([1, 1, 2, 3, 4])),
         draft=draw(st.sampled_from([0, 0, 1, 4])), age_s=draw(st.sampled_from([0.5, 20])),
     )  # fmt: skip
     jobs = []
@@ -197,9 +221,9 @@ def random_jobs(n: int, every: float) -> list[Job]:
     return [Job(at, random_request(rng), at + rng.choice([float("inf")] * 5 + [rng.randrange(90)])) for at in ats]
 
 
-@pytest.mark.parametrize("draft", [0, 3])
-def test_a_thousand_requests_under_page_pressure(draft):
-    limits = dataclasses.replace(LIMITS, draft=draft)
+@pytest.mark.parametrize("draft, shards", [(0, 1), (3, 1), (0, 2), (0, 3), (3, 4)])
+def test_a_thousand_requests_under_page_pressure(draft, shards):
+    limits = dataclasses.replace(LIMITS, draft=draft, shards=shards, n_pages=1 + max(16, 39 // shards))
     jobs = random_jobs(1000, every=4)
     run = serve(limits, jobs)
     assert_right(run, jobs, limits)
@@ -207,12 +231,16 @@ def test_a_thousand_requests_under_page_pressure(draft):
     assert run.scheduler.preemptions > 100 and sum(event.cached_tokens > 0 for event in ended) > 100
     assert sum(event.finish == "cancelled" for event in ended) > 50
     assert (run.device.accepted > 500) == bool(draft)
+    assert {shard for seen in run.homes.values() for shard in seen} == set(range(shards))
+    assert (sum(len(seen) > 1 for seen in run.homes.values()) > 20) == (shards > 1)
     assert any((plan.feed_B >= 0).any() for plan in run.plans) == (not draft)
 
 
-def test_the_same_calls_give_the_same_plans():
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_same_calls_give_the_same_plans(shards):
     jobs = random_jobs(60, every=2)
-    first, second = serve(LIMITS, jobs), serve(LIMITS, jobs)
+    limits = dataclasses.replace(LIMITS, shards=shards)
+    first, second = serve(limits, jobs), serve(limits, jobs)
     assert first.events == second.events and len(first.plans) == len(second.plans)
     for one, other in zip(first.plans, second.plans, strict=True):
         for a, b in zip(one, other, strict=True):
@@ -263,6 +291,50 @@ def test_a_low_priority_waits_only_so_long():
     jobs = [Job(0, request([4], 3))] + [Job(0.5 + i, request([i % 4], 3, priority=1)) for i in range(20)]
     order = [event.request for event in serve(limits, jobs).events if event.finish]
     assert order.index(0) == 4
+
+
+def test_shards_fill_evenly_and_a_known_prefix_goes_first():
+    """Rows count before pages, and a prefix before both: the last two find theirs where the second request was."""
+    limits = dataclasses.replace(LIMITS, shards=3, n_pages=20)
+    even = [Job(0, request([i % 5, i // 5] * 4, 20)) for i in range(6)]
+    run = serve(limits, even)
+    assert [run.homes[i, 0] for i in range(6)] == [[0], [1], [2], [0], [1], [2]]
+    assert all(plan.rows_Sb.shape == (3, 2) for plan in run.plans if plan.length_B.sum() == 6)
+    long_and_short = [Job(0, request([0] * size, 20)) for size in (40, 4, 5, 6)]
+    run = serve(dataclasses.replace(LIMITS, shards=2, n_pages=40), long_and_short)
+    assert [run.homes[i, 0] for i in range(4)] == [[0], [1], [1], [0]]
+    jobs = [Job(0, request([i] * 9, 2)) for i in range(3)] + [Job(20 + i, request([1] * 8 + [i], 4)) for i in range(2)]
+    run = serve(limits, jobs)
+    assert_right(run, jobs, limits)
+    assert [run.homes[i, 0] for i in range(5)] == [[0], [1], [2], [1], [1]]
+    assert [event.cached_tokens for event in run.events if event.finish][3:] == [8, 8]
+
+
+def test_only_those_in_the_same_shard_give_way():
+    """Two shards of 28 tokens. The first and the third share one and outgrow it: the third goes to the other shard."""
+    limits = dataclasses.replace(LIMITS, shards=2, n_pages=8, max_rows=4)
+    jobs = [Job(0, request([0] * 8, 17)), Job(0, request([1] * 8, 5)), Job(0, request([2] * 8, 17))]
+    run = serve(limits, jobs)
+    assert_right(run, jobs, limits)
+    assert run.scheduler.preemptions == 1
+    assert [run.homes[i, 0] for i in range(3)] == [[0], [1], [0, 1]]
+
+
+def test_a_priority_takes_the_row_of_the_last_in_rank_of_all_shards():
+    limits = dataclasses.replace(LIMITS, shards=2, max_rows=2, n_pages=20)
+    jobs = [Job(0, request([i] * 9, 20)) for i in range(2)] + [Job(4, request([4] * 9, 3, priority=1))]
+    run = serve(limits, jobs)
+    assert_right(run, jobs, limits)
+    assert [event.request for event in run.events if event.finish] == [2, 0, 1]
+    assert run.scheduler.preemptions == 1 and run.homes[2, 0] == [1]
+
+
+def test_the_load_is_that_of_all_shards():
+    scheduler = Scheduler(dataclasses.replace(LIMITS, shards=3, n_pages=11))
+    for i in range(4):
+        scheduler.submit(request([i] * 8, 2), 0)
+    scheduler.plan(0)
+    assert scheduler.load() == (4, 0, 8, 30, 0)
 
 
 def test_n_samples_share_the_pages_of_the_prompt():

@@ -13,6 +13,8 @@ from kimi_jax import presets
 from kimi_jax.errors import UserError
 from kimi_jax.layers.blocked_experts import blocked_experts_of, cut, ladder
 from kimi_jax.layers.experts import EXPERT_PATHS, fastest_experts_of, run
+from kimi_jax.layers.quantized import Quantized
+from kimi_jax.layers.ragged_experts import ragged_experts_of
 
 D, F = 10, 7
 
@@ -124,6 +126,24 @@ def test_one_layer_of_a_stack(f):
         _, *args, _ = as_arrays(jnp.float32, *problem)
         expected, *_ = reference(*problem)
         np.testing.assert_allclose(run(stack, jnp.asarray(i), *args), expected, atol=3e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("blocks", [(4, 3), (10, 1)])
+@pytest.mark.parametrize("f", [blocked_experts_of, ragged_experts_of])
+def test_eight_bit_weights_and_rows_of_no_expert(f, blocks):
+    _, x, weights, experts, dy = inputs("random")
+    experts = np.where(experts > 12, 16, experts)
+    rng, stack, plain = np.random.default_rng(2), {}, {}
+    for name, (X, Y) in {"gate": (D, F), "up": (D, F), "down": (F, D)}.items():
+        values = rng.integers(-9, 10, (2, 16, X, Y))
+        scale = rng.uniform(0.02, 0.05, (2, 16, -(-X // blocks[0]), -(-Y // blocks[1]))).astype(np.float32)
+        stack[name] = Quantized(jnp.asarray(values, jnp.int8), jnp.asarray(scale), blocks)
+        plain[name] = np.zeros((17, X, Y))
+        plain[name][:16] = values[1] * np.repeat(np.repeat(scale[1], blocks[0], 1), blocks[1], 2)[:, :X, :Y]
+    arguments = as_arrays(jnp.float32, {}, x, weights, experts, dy)[1:4]
+    expected, *_ = reference(plain, x, weights, experts, dy)
+    found, own = jax.jit(f)(stack, 1, *arguments), (experts < 16).all(axis=1)
+    np.testing.assert_allclose(found[own], expected[own], atol=3e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("sizes", [[0, 0, 5, 0], [1, 1, 1, 1], [0, 900, 3, 1], [17, 0, 16, 33], [0, 0, 0, 1000]])

@@ -141,6 +141,34 @@ def test_update_rms(shape, dtype):
     assert 0.18 <= float(jnp.sqrt(jnp.mean(updates["w"] ** 2))) <= 0.19
 
 
+@pytest.mark.parametrize("n_layers", [1, 4, 7])
+def test_experts_by_pieces(n_layers):
+    """Whether or not the layers divide into pieces, every one moves, once, as it would alone."""
+    params = {"w": gaussian(jax.ShapeDtypeStruct((n_layers, 2, 8, 5), jnp.float32), 0)}
+    grads = [gaussian(params, 1 + i) for i in range(2)]
+    optimizer = muon_clip(
+        LR, axes={"w": ("layers", "experts", "embed", "mlp")}, ns_dtype=jnp.float32, weight_decay=DECAY
+    )
+    got, state = run(optimizer, params, grads)
+    assert_close(got, params, grads, lambda path: Muon(stack=2))
+    kept = 0.95 * np.asarray(grads[0]["w"], np.float64) + grads[1]["w"]
+    assert error(state.momentum["w"], kept) < 1e-6
+
+
+@pytest.mark.parametrize("params_dtype, grads_dtype", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_pieces_keep_the_better_of_two_dtypes(params_dtype, grads_dtype):
+    """Neither the gradients nor the steps that take their place are rounded to the other's dtype."""
+    like = {"w": jax.ShapeDtypeStruct((4, 2, 6, 9), jnp.float32)}
+    params, grads = (jax.tree.map(jnp.asarray, gaussian(like, i)) for i in range(2))
+    params, grads = params["w"].astype(params_dtype), grads["w"].astype(grads_dtype)
+    optimizer = muon_clip(LR, axes=("layers", "experts", "embed", "mlp"), ns_dtype=jnp.float32, weight_decay=DECAY)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    weights = np.asarray(params, np.float64)
+    want = train(Muon(stack=2), weights, [np.asarray(grads, np.float64)], LR, DECAY) - weights
+    assert updates.dtype == params_dtype
+    assert error(updates, want) <= (1e-5 if params_dtype == "float32" else 2e-3)  # rounded once
+
+
 def test_momentum_kept_in_bfloat16():
     """Rounded once a step, when it is stored: the update is that of the momentum before."""
     params, grads = gaussian({"w": jnp.zeros((6, 9))}, 0), [gaussian({"w": jnp.zeros((6, 9))}, i) for i in (1, 2)]

@@ -30,35 +30,38 @@ class FakeEngine:
     def load(self):
         return Load(running=self.running, waiting=0, pages_used=3 * self.running, pages_total=300)
 
-    async def generate(self, prompt_ids, sampling):
+    async def generate(self, prompt_ids, sampling, n=1):
+        """One answer after the other."""
         self.seen.append((list(prompt_ids), sampling))
-        self.running += 1
-        done = False
+        self.running += n
+        left = n
         try:
             if sampling.prompt_logprobs is not None:
                 scores = [self._token(i, sampling.prompt_logprobs) for i in prompt_ids]
-                yield PromptScores((Token(prompt_ids[0]), *scores[1:]))
-            ids = self._ids(prompt_ids, sampling)
-            for count, token in enumerate(ids):
-                if count == sampling.max_tokens:
-                    yield Finished("length")
-                    done = True
-                    return
-                await asyncio.sleep(self.delay)
-                yield self._token(token, sampling.logprobs)
-                if token in sampling.stop_ids:
-                    break
-            else:
-                if sampling.max_tokens == 0:
-                    yield Finished("length")
-                    done = True
-                    return
-            yield Finished("stop", cached_tokens=2)
-            done = True
+                yield 0, PromptScores((Token(prompt_ids[0]), *scores[1:]))
+            for sample in range(n):
+                async for event in self._answer(sample, prompt_ids, sampling):
+                    left -= isinstance(event, Finished)
+                    yield sample, event
         finally:
-            self.running -= 1
-            self.cancelled += not done
-            self.finished += done
+            self.running -= n
+            self.cancelled += left
+            self.finished += n - left
+
+    async def _answer(self, sample, prompt_ids, sampling):
+        for count, token in enumerate(self._ids(sample, prompt_ids, sampling)):
+            if count == sampling.max_tokens:
+                break
+            await asyncio.sleep(self.delay)
+            yield self._token(token, sampling.logprobs)
+            if token in sampling.stop_ids:
+                yield Finished("stop", cached_tokens=2)
+                return
+        else:
+            if sampling.max_tokens:
+                yield Finished("stop", cached_tokens=2)
+                return
+        yield Finished("length")
 
     def _token(self, token, top):
         if top is None:
@@ -66,10 +69,10 @@ class FakeEngine:
         best = ((token, -1 - token / 1000), *((i, -2 - i / 1000) for i in range(97, 97 + max(top - 1, 0))))
         return Token(token, -1 - token / 1000, best[:top])
 
-    def _ids(self, prompt_ids, sampling):
+    def _ids(self, sample, prompt_ids, sampling):
         scripted = self.script and self.script(list(prompt_ids))
-        rng = random.Random(f"{sampling.seed}{list(prompt_ids)}")
-        constraint = sampling.constraint if self.lawful else None
+        rng = random.Random(f"{sampling.seed}{sample}{list(prompt_ids)}")
+        constraint = sampling.constraint() if self.lawful and sampling.constraint else None
         closing = set(b'"]},') | set(range(256, self.vocab_size))
         while True:
             mask = constraint.mask() if constraint else None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kimi_jax.data import tokenizer as tk
 from kimi_jax.server.answer import End, Job, Reader, Step, generate, generate_all
-from kimi_jax.server.engine import Sampling
+from kimi_jax.server.engine import Finished, PromptScores, Sampling
 from kimi_jax.server.tool_parser import Answer, Arguments, CallEnd, CallStart, Text
 from tests.server.fake import FakeEngine, script_of
 
@@ -103,6 +103,44 @@ def test_several_jobs_at_once_equal_one_by_one():
         assert [part for index, part in together if index == i] == [part for _, part in collect(FakeEngine(), [job])]
 
 
+class AtOnce(FakeEngine):
+    """All answers of a request go on step by step."""
+
+    async def generate(self, prompt_ids, sampling, n=1):
+        self.running += n
+        answers = {sample: self._answer(sample, prompt_ids, sampling) for sample in range(n)}
+        try:
+            while answers:
+                for sample in list(answers):
+                    event = await anext(answers[sample])
+                    if isinstance(event, Finished):
+                        del answers[sample]
+                    yield sample, event
+        finally:
+            self.cancelled += len(answers)
+            self.running -= n
+
+
+def test_several_answers_of_a_job_are_numbered_and_end_on_their_own():
+    """One of them at its stop text: what the engine goes on to say of it is not heard."""
+    alone = [collect(FakeEngine(), [Job([i], Sampling(20, seed=7), n=2)]) for i in (5, 6)]
+    shown = [[part for index, part in alone[i] if index == k] for i in (0, 1) for k in (0, 1)]
+    together = collect(AtOnce(), [Job([i], Sampling(20, seed=7), n=2) for i in (5, 6)])
+    assert [[part for index, part in together if index == k] for k in range(4)] == shown
+
+    text = "".join(e.text for part in shown[0] if isinstance(part, Step) for e in part.events)
+    engine = AtOnce()
+    stopped = collect(engine, [Job([5], Sampling(20, seed=7), n=2, stops=(text[3:6],))])
+    ends = dict(item for item in stopped if isinstance(item[1], End))
+    assert ends[0] == End("stop", text[3:6], 6, 0) and ends[1] == shown[1][-1]
+    assert [part for index, part in stopped if index == 1][-1] is ends[1] and engine.running == 0
+
+
+def test_all_answers_hear_of_the_prompt():
+    parts = collect(FakeEngine(), [Job([5, 6], Sampling(2, prompt_logprobs=0), n=2)])
+    assert [index for index, part in parts if isinstance(part, PromptScores)] == [0, 1]
+
+
 def test_closing_cancels_all():
     engine = FakeEngine(delay=0.001)
 
@@ -120,8 +158,8 @@ def test_closing_cancels_all():
 
 def test_an_error_reaches_the_caller_and_ends_the_rest():
     class Broken(FakeEngine):
-        async def generate(self, prompt_ids, sampling):
-            async for event in super().generate(prompt_ids, sampling):
+        async def generate(self, prompt_ids, sampling, n=1):
+            async for event in super().generate(prompt_ids, sampling, n):
                 yield event
                 if prompt_ids == [1]:
                     raise RuntimeError("lost")

@@ -47,13 +47,13 @@ class Counter:
 
     def step(self):
         with self.work:
-            return [self.advance(id) for id in list(self.live)]
+            return [event for id in list(self.live) for event in self.advance(id)]
 
     def advance(self, id):
         request, done = self.live[id]
         if request.prompt[0] == 13:
             del self.live[id]
-            return Event(id, 0, finish="error", message="lost the device")
+            return [Event(id, 0, finish="error", message="lost the device")]
         tokens, finish = [], None
         while len(tokens) < 2 and not finish:
             tokens.append(request.prompt[-1] + done + 1)
@@ -66,11 +66,12 @@ class Counter:
         logprobs = tuple(Logprob(-float(t), ((t, -float(t)),)) for t in tokens) if scored else ()
         first = done <= 2 and request.sampling.prompt_logprobs is not None
         prompt = (None, *(Logprob(-float(t), ()) for t in request.prompt[1:])) if first else ()
-        return Event(id, 0, tuple(tokens), "", logprobs, prompt, finish, cached_tokens=5 if finish else 0)
+        event = Event(id, 0, tuple(tokens), "", logprobs, prompt, finish, cached_tokens=5 if finish else 0)
+        return [event._replace(sample=i) for i in range(request.n)]
 
 
 async def collect(engine, prompt, **sampling):
-    return [event async for event in engine.generate(prompt, Sampling(**sampling))]
+    return [event async for _, event in engine.generate(prompt, Sampling(**sampling))]
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_many_at_once(engine):
 
     for i, events in enumerate(asyncio.run(run())):
         assert events == [*(Token(10 * i + k) for k in range(1, 6)), Finished("length", 5)]
-    assert engine._queues == {}
+    assert engine._inboxes == {}
 
 
 def test_scores_stops_and_parameters(engine, counter):
@@ -117,7 +118,17 @@ def test_scores_stops_and_parameters(engine, counter):
     ]
     request = counter.requests[0]
     assert (request.sampling.temperature, request.sampling.top_k, request.sampling.seed) == (0.5, 3, 4)
-    assert request.grammar() is constraint and request.sampling.logit_bias == {1: 2.0}
+    assert request.grammar is constraint and request.sampling.logit_bias == {1: 2.0}
+
+
+def test_several_answers_to_one_request(engine, counter):
+    async def run():
+        return [item async for item in engine.generate([7], Sampling(max_tokens=3), 2)]
+
+    found = asyncio.run(run())
+    for sample in (0, 1):
+        assert [event for i, event in found if i == sample] == [Token(8), Token(9), Token(10), Finished("length", 5)]
+    assert [request.n for request in counter.requests] == [2] and counter.cancelled == []
 
 
 def test_closing_cancels(engine, counter):
@@ -127,7 +138,7 @@ def test_closing_cancels(engine, counter):
                 break
 
     asyncio.run(run())
-    assert counter.cancelled == [0] and engine._queues == {}
+    assert counter.cancelled == [0] and engine._inboxes == {}
 
 
 def test_errors_reach_who_asked(engine):

@@ -168,7 +168,7 @@ def test_tool_choice_none_rules_calls_out(random_server):
     random_server.openai().chat.completions.create(model="kimi", messages=ASK, tools=[CLOCK], tool_choice="none")
     prompt, sampling = random_server.engine.seen[-1]
     assert "get_time" in BYTES.decode(prompt)
-    mask = sampling.constraint.mask()
+    mask = sampling.constraint().mask()
     for name, id_ in BYTES.special_ids.items():
         assert bool(mask[id_ // 32] >> (id_ % 32) & 1) == (not name.startswith("<|tool_call"))
 
@@ -210,7 +210,7 @@ def test_several_choices_seeds_and_stops(random_server):
         return [choice.message.content for choice in answer.choices]
 
     three = texts(n=3, seed=20)
-    assert len(set(three)) == 3 and texts(seed=21) == three[1:2] and texts(n=3, seed=20) == three
+    assert len(set(three)) == 3 and texts(seed=20) == three[:1] and texts(n=3, seed=20) == three
     cut = texts(seed=20, stop=[three[0][4:6], "never"])[0]
     assert three[0].startswith(cut) and three[0][4:6] not in cut
     stream = client.chat.completions.create(model="kimi", messages=ASK, max_tokens=20, n=3, seed=20, stream=True)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -41,9 +42,13 @@ def test_models_health_and_unknown_paths(random_server):
 
 
 def test_the_description_covers_every_endpoint(random_server):
-    paths = httpx.get(random_server.url + "/openapi.json").json()["paths"]
+    description = httpx.get(random_server.url + "/openapi.json").json()
+    paths, schemas = description["paths"], description["components"]["schemas"]
     assert {CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize"} <= set(paths)
-    assert "messages" in json.dumps(paths[CHAT]["post"]["requestBody"])
+    body = paths[CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "messages" in schemas[body["$ref"].rsplit("/", 1)[1]]["properties"]
+    references = re.findall(r'"\$ref": "([^"]*)"', json.dumps(description))
+    assert references and all(ref.removeprefix("#/components/schemas/") in schemas for ref in references)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +135,8 @@ def test_too_many_requests(serve):
 
 def test_errors_of_the_engine(serve):
     class Broken(FakeEngine):
-        async def generate(self, prompt_ids, sampling):
-            async for event in super().generate(prompt_ids, sampling):
+        async def generate(self, prompt_ids, sampling, n=1):
+            async for event in super().generate(prompt_ids, sampling, n):
                 yield event
                 if len(self.seen) > 0 and self.running:
                     raise RuntimeError("inner secret")

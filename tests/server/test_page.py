@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -26,12 +28,22 @@ def test_the_page_asks_for_nothing_outside(random_server):
     assert response.headers["content-security-policy"].startswith("default-src 'none'")
 
 
+def chromium():
+    """The system's, where there is one; None is Playwright's own, which is fetched the first time."""
+    found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")))
+    if path := next(found, None):
+        return path
+    subprocess.run([sys.executable, "-m", "playwright", "install", "--only-shell", "chromium"], check=True)
+    return None
+
+
 @pytest.fixture(scope="module")
 def browser():
     from playwright.sync_api import sync_playwright
 
+    path = chromium()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
 

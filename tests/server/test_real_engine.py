@@ -11,7 +11,7 @@ from kimi_jax.data import tokenizer as tk
 from kimi_jax.inference.engine import Engine
 from kimi_jax.inference.limits import Limits
 from kimi_jax.server.engine_thread import EngineThread
-from tests.inference.test_decode import CFG, parameters
+from tests.inference.tiny import CFG, parameters
 
 PARAMETERS = {
     "type": "object",
@@ -24,7 +24,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS
 @pytest.fixture(scope="module")
 def server(serve):
     cfg = CFG.replace(vocab_size=512, max_position_embeddings=4096)
-    limits = Limits(n_pages=300, page_size=32, max_len=1024, vocab_size=512, max_rows=4, step_tokens=256)
+    limits = Limits(n_pages=300, page_size=32, max_len=1024, vocab_size=512, max_rows=8, step_tokens=256)
     with EngineThread(Engine(parameters(cfg), cfg, limits), 512, 1024) as engine:
         engine.tokenizer = tk.load("bytes")  # type: ignore[attr-defined]
         with serve(engine) as running:
@@ -37,18 +37,39 @@ def ask(text):
 
 
 @pytest.mark.slow
-def test_greedy_answers_under_load_equal_those_alone(server):
+def test_a_hundred_greedy_streams_equal_those_alone(server):
+    """Of several lengths, twelve times as many as run at once: text and tokens, byte for byte."""
     client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", timeout=300)
 
     async def one(i):
-        answer = await client.chat.completions.create(**ask(f"q{i}"), extra_body={"return_token_ids": True})
-        return answer.choices[0].token_ids
+        request = ask(f"question {i}" * (1 + i % 3)) | {"max_tokens": 5 + i % 16}
+        stream = await client.chat.completions.create(**request, stream=True, extra_body={"return_token_ids": True})
+        choices = [choice async for chunk in stream for choice in chunk.choices]
+        text = "".join(choice.delta.content or "" for choice in choices)
+        return text, [i for choice in choices for i in getattr(choice, "token_ids", None) or []]
 
     async def both():
-        return await asyncio.gather(*map(one, range(6))), [await one(i) for i in range(6)]
+        return await asyncio.gather(*map(one, range(100))), [await one(i) for i in range(100)]
 
     together, alone = asyncio.run(both())
-    assert together == alone
+    assert together == alone and len({tuple(ids) for _, ids in alone}) > 50
+
+
+@pytest.mark.slow
+def test_several_answers_to_one_prompt(server):
+    """Greedy ones are all alike, drawn ones depend on the seed alone; the prompt is computed once for them."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", timeout=300)
+
+    def texts(**options):
+        answer = client.chat.completions.create(**ask("several") | {"n": 3, "max_tokens": 12, **options})
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        return [choice.message.content for choice in answer.choices]
+
+    assert len(set(texts())) == 1
+    drawn = texts(temperature=1, seed=5)
+    assert len(set(drawn)) == 3 and texts(temperature=1, seed=5) == drawn
+    stopped = texts(temperature=1, seed=5, stop=drawn[0][2:3])
+    assert stopped[0] == drawn[0][: drawn[0].index(drawn[0][2:3])]
 
 
 @pytest.mark.slow

@@ -1,0 +1,55 @@
+"""Where the engine's weights lie on a mesh: by the table ``SERVE``, padded with zeros to a whole number per device.
+
+Zeros change nothing: a head, a hidden unit or an expert of zeros adds zero, and the padding of the vocabulary is cut
+off after the head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kimi_jax.config import ModelConfig
+from kimi_jax.dims import Params, ParamSpec, Specs, is_spec, map_specs
+from kimi_jax.inference.sharded import AXIS
+from kimi_jax.model import specs
+from kimi_jax.sharding.rules import SERVE, partition
+
+
+def padded_specs(cfg: ModelConfig, n: int) -> Specs:
+    """The declarations of the weights as ``n`` devices hold them."""
+
+    def one(spec: ParamSpec) -> ParamSpec:
+        i = next((spec.names.index(axis) for axis in SERVE if axis in spec.names), None)
+        if i is None or spec.is_vector:
+            return spec
+        return dataclasses.replace(spec, shape=(*spec.shape[:i], -(-spec.shape[i] // n) * n, *spec.shape[i + 1 :]))
+
+    return map_specs(one, specs(cfg))
+
+
+def partitions(params: Params, cfg: ModelConfig, mesh: Mesh) -> Any:
+    """A PartitionSpec for every array of weights as they are served; a scale for all of an axis is on all devices."""
+
+    def one(spec: ParamSpec, w: Any) -> Any:
+        axes = partition(spec, mesh, SERVE)
+        return jax.tree.map(
+            lambda a: PartitionSpec(*(x if n > 1 else None for x, n in zip(axes, a.shape, strict=True))), w
+        )
+
+    return jax.tree.map(one, padded_specs(cfg, mesh.shape[AXIS]), params, is_leaf=is_spec)
+
+
+def place(params: Params, cfg: ModelConfig, mesh: Mesh) -> Params:
+    """Whole weights, the same in every process, on the devices of ``mesh``."""
+
+    def one(w: Any, spec: ParamSpec) -> jax.Array:
+        whole = np.pad(np.asarray(w), [(0, size - had) for size, had in zip(spec.shape, w.shape, strict=True)])
+        where = NamedSharding(mesh, partition(spec, mesh, SERVE))
+        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+    return jax.tree.map(one, params, padded_specs(cfg, mesh.shape[AXIS]))
