@@ -10,7 +10,7 @@ from kimi_jax.dims import ParamSpec
 from kimi_jax.errors import UserError
 from kimi_jax.model import specs
 from kimi_jax.sharding.mesh import AXES
-from kimi_jax.sharding.rules import SERVE, TRAIN, partition, shardings
+from kimi_jax.sharding.rules import LOAD, SERVE, TRAIN, partition, shardings
 
 STACK = ParamSpec((3, 8, 6, 4), ("layers", "experts", "embed", "expert_mlp"), 1.0)
 HEAD = ParamSpec((6, 10), ("embed", "vocab"), 1.0)
@@ -23,11 +23,12 @@ def test_an_axis_of_one_device_splits_nothing():
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_serving_splits_the_experts_alone(n):
+def test_loading_splits_the_experts_alone(n):
     """On a mesh without devices: the rules need its shape."""
     mesh = AbstractMesh((n,), ("expert",))
-    assert partition(STACK, mesh, SERVE) == PartitionSpec(None, "expert", None, None)
-    assert partition(HEAD, mesh, SERVE) == PartitionSpec(None, None)
+    assert partition(STACK, mesh, LOAD) == PartitionSpec(None, "expert", None, None)
+    assert partition(HEAD, mesh, LOAD) == PartitionSpec(None, None)
+    assert partition(ParamSpec((6, 8), ("embed", "vocab"), 1.0), mesh, SERVE) == PartitionSpec(None, "expert")
 
 
 def test_training_splits_every_matrix_and_no_mesh_axis_twice():
