@@ -173,12 +173,8 @@ class Call:
 class Answer:
     """What the events of one output add up to."""
 
+    content: str = ""
     started: list[Call] = field(default_factory=list)
-    _texts: list[str] = field(default_factory=list)
-
-    @property
-    def content(self) -> str:
-        return "".join(self._texts)
 
     @property
     def calls(self) -> list[Call]:
@@ -189,7 +185,7 @@ class Answer:
         for event in events:
             match event:
                 case Text(text):
-                    self._texts.append(text)
+                    self.content += text
                 case CallStart(_, id_, name):
                     self.started.append(Call(id_, name))
                 case Arguments(index, text):
