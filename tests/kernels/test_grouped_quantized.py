@@ -105,9 +105,11 @@ def no_cache():
     jax.config.update("jax_enable_compilation_cache", before)
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int8])
-@pytest.mark.parametrize("X, Y", [(7168, 2048), (2048, 7168)])
+@pytest.mark.parametrize("X, Y", [(7168, 2048), pytest.param(2048, 7168, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, pytest.param(jnp.int8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "topology", ["v6e:2x2", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"))]
+)
 def test_it_compiles_for_a_tpu(topology, dtype, X, Y, no_cache):
     """12 of 384 experts on a device, 1,024 assignments, 2 layers: weights and scales are read as they lie."""
     E, A, blocks = 12, 1024, (X, 1) if dtype == jnp.int8 else (128, 128)
