@@ -34,9 +34,9 @@ def n_bytes(cfg: ModelConfig, n_pages: int, page_size: int, lanes: int = 1, dtyp
     return math.prod(shape(cfg, n_pages, page_size, lanes)) * jnp.dtype(dtype or cfg.dtype).itemsize
 
 
-def page_size(dtype: str | None) -> int:
+def page_size(dtype: str) -> int:
     """Tokens of a page whose rows fill the registers of a TPU; small, since whole pages are shared."""
-    return max(16, 32 // jnp.dtype(dtype or "bfloat16").itemsize)
+    return max(16, 32 // jnp.dtype(dtype).itemsize)
 
 
 def init(cfg: ModelConfig, n_pages: int, page_size: int, lanes: int = 1, dtype: str | None = None) -> Array:

@@ -49,7 +49,8 @@ class Runner:
 class Engine:
     """One thread calls ``step`` (after ``wait``); any thread may submit, cancel and ask for the load.
 
-    ``params`` as from ``model.in_compute_dtype``; on a mesh, with one shard for each device, as from ``place.place``.
+    ``params`` as from ``model.in_compute_dtype``; on a mesh, with one shard for each device, as from
+    ``weights``.
     ``cache_dtype``: of the latent cache, else ``cfg.dtype``. Without a tokenizer, events have no text. Requests without
     a seed get theirs from ``seed``. If the mesh spans several processes, this one plans and the others ``follow``:
     ``tell`` sends them every plan, or None if the device has lost what it held.

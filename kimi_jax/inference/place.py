@@ -10,8 +10,7 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Params, ParamSpec, Specs, is_spec, map_specs
@@ -42,14 +41,3 @@ def partitions(params: Params, cfg: ModelConfig, mesh: Mesh) -> Any:
         )
 
     return jax.tree.map(one, padded_specs(cfg, mesh.shape[AXIS]), params, is_leaf=is_spec)
-
-
-def place(params: Params, cfg: ModelConfig, mesh: Mesh) -> Params:
-    """Whole weights, the same in every process, on the devices of ``mesh``."""
-
-    def one(w: Any, spec: ParamSpec) -> jax.Array:
-        whole = np.pad(np.asarray(w), [(0, size - had) for size, had in zip(spec.shape, w.shape, strict=True)])
-        where = NamedSharding(mesh, partition(spec, mesh, SERVE))
-        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
-
-    return jax.tree.map(one, params, padded_specs(cfg, mesh.shape[AXIS]))

@@ -196,7 +196,6 @@ class Scheduler:
             return False
         pages = shard.share(sequence)
         wanted = shard.wanted(sequence, len(pages))
-
         if not self._outranks(sequence, shard, wanted, n_rows=1):
             shard.pool.release(pages)
             return False

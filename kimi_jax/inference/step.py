@@ -84,7 +84,7 @@ def run(
 ) -> tuple[Running, State]:
     """Starts a step and returns at once; ``state`` is used up. The result is on its way to the host.
 
-    On a mesh (``sharded.serving_mesh``), the weights lie as ``place`` says.
+    On a mesh (``sharded.serving_mesh``), the weights lie as ``place.partitions`` says.
     """
     extras = Extras(plan.seen_BU, plan.times_BU, plan.biased_BU, plan.bias_BU, plan.grammar_BJw)  # pyright: ignore[reportArgumentType]
     given = Given(flat(plan), plan.rows_Sb, extras, plan.next_BT)

@@ -10,7 +10,6 @@ import pytest
 from kimi_jax import presets
 from kimi_jax.data.tokenizer import ByteTokenizer
 from kimi_jax.errors import UserError
-from kimi_jax.inference import offline
 from kimi_jax.inference.offline import FIELDS, Job, answers, check, encode, limits_for, read
 from kimi_jax.inference.request import Event, Request, Sampling
 
@@ -56,8 +55,7 @@ def test_a_file_without_lines_or_without_text_is_refused(tmp_path):
         ([(90_000, 1000, 2), (5, 5, 1)], 64, 3, 5688),  # but never less than the longest
     ],
 )
-def test_the_cache_holds_what_runs_at_once(monkeypatch, sizes, max_rows, rows, pages):
-    monkeypatch.setattr(offline, "PAGE_SIZE", 16)
+def test_the_cache_holds_what_runs_at_once(sizes, max_rows, rows, pages):
     requests = [Request((1,) * prompt, max_tokens=new, n=n) for prompt, new, n in sizes]
     limits = limits_for(requests, CFG, max_rows)
     assert (limits.max_rows, limits.n_pages - 1, limits.page_size) == (rows, pages, 16)
@@ -66,9 +64,8 @@ def test_the_cache_holds_what_runs_at_once(monkeypatch, sizes, max_rows, rows, p
     assert limits_for(requests, CFG, 2000, 40).n_pages == 4
 
 
-def test_the_cache_is_split_over_shards(monkeypatch):
+def test_the_cache_is_split_over_shards():
     """Each has room for its share of the longest rows, or of the whole, and always for the longest."""
-    monkeypatch.setattr(offline, "PAGE_SIZE", 16)
     for sizes, pages in (([16] * 5 + [64], 5), ([9000] * 64, 1024), ([90_000, 5, 5, 5, 5], 5625)):
         limits = limits_for([Request((1,) * (size - 1), max_tokens=1) for size in sizes], CFG, shards=4)
         assert (limits.shards, limits.max_rows, limits.n_pages - 1) == (4, len(sizes), pages)

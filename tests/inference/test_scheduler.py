@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import deque
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,140 +12,10 @@ from hypothesis import strategies as st
 
 from kimi_jax.errors import UserError
 from kimi_jax.inference.limits import Limits
-from kimi_jax.inference.plan import StepPlan
-from kimi_jax.inference.request import Event, Request, Sampling
+from kimi_jax.inference.request import Request, Sampling
 from kimi_jax.inference.scheduler import Scheduler
 from tests.inference.simulation import Device, alone, logprob
-
-VOCAB = 5
-LIMITS = Limits(n_pages=40, page_size=4, max_len=64, vocab_size=VOCAB, max_rows=6, step_tokens=32, age_s=5)
-
-
-class NoRepeats:
-    """No token twice in a row, and the end after ``length`` tokens."""
-
-    def __init__(self, length: int):
-        self.left, self.last = length, -1
-
-    def mask(self) -> np.ndarray:
-        return np.array([sum(1 << t for t in range(VOCAB) if self.left and t != self.last)], np.uint32)
-
-    def accept(self, token: int) -> None:
-        assert self.left and token != self.last, "a token that the mask forbids"
-        self.left, self.last = self.left - 1, token
-
-
-class Job(NamedTuple):
-    at: float
-    request: Request
-    cancel_at: float = float("inf")
-
-
-class Run(NamedTuple):
-    events: list[Event]
-    plans: list[StepPlan]
-    scheduler: Scheduler
-    device: Device
-    homes: dict[tuple[int, int], list[int]]  # the shards of every continuation, one after the other
-
-
-def serve(limits: Limits, jobs: list[Job], choose=lambda scheduler: scheduler.runs_ahead) -> Run:
-    """``choose`` says at every step whether the next is planned before the last one's tokens are known."""
-    scheduler, device = Scheduler(limits), Device(limits)
-    events, plans, flight, now = [], [], deque(), 0.0
-    left = sorted(enumerate(jobs), key=lambda item: item[1].at)
-    cancels = sorted((job.cancel_at, i) for i, job in enumerate(jobs) if job.cancel_at < float("inf"))
-    ids: dict[int, int] = {}
-    homes: dict[tuple[int, int], list[int]] = {}
-    while left or not scheduler.idle:
-        while left and left[0][1].at <= now:
-            index, job = left.pop(0)
-            ids[index] = scheduler.submit(job.request, now)
-        while cancels and cancels[0][0] <= now:
-            _, index = cancels.pop(0)
-            if index in ids:
-                scheduler.cancel(ids[index])
-        if not choose(scheduler):
-            while flight:
-                scheduler.commit(flight.popleft())
-        before = set(scheduler._running), set(scheduler._waiting), scheduler.preemptions
-        plan = scheduler.plan(now)
-        if plan is not None:
-            plans.append(plan)
-            flight.append(device.run(plan))
-        check(scheduler, device, *before)
-        for s in scheduler._running:
-            seen = homes.setdefault((s.id, s.sample), [s.shard])
-            assert s.shard == seen[-1] or scheduler.preemptions > before[-1] or s not in before[0], "moved in its run"
-            seen += [s.shard] * (s.shard != seen[-1])
-        assert plan is not None or flight or left or scheduler.idle, "nothing moves"
-        while len(flight) > (plan is not None):
-            scheduler.commit(flight.popleft())
-        events += scheduler.take_events()
-        now += 1
-    assert scheduler.load()[:3] == (0, 0, 0)
-    named = {id: index for index, id in ids.items()}
-    events = [event._replace(request=named[event.request]) for event in events]
-    return Run(events, plans, scheduler, device, {(named[id], i): seen for (id, i), seen in homes.items()})
-
-
-def check(scheduler: Scheduler, device: Device, running: set, waiting: set, preemptions: int) -> None:
-    """What holds after every plan; before it, these sequences ran and these waited."""
-    limits = scheduler.limits
-    started = [s for s in scheduler._running if s not in running]
-    passed = [w for w in scheduler._waiting if w in waiting or limits.shards == 1]
-    assert not any(w.rank < s.rank for s in started for w in passed), "the queue was jumped"
-    everyone = scheduler._running + scheduler._waiting
-    first = min(everyone, key=lambda s: s.rank, default=None)
-    assert first is None or first.running or first.steps, "the first in rank stands still"
-    assert len(scheduler._running) <= limits.max_rows
-    assert all(not s.pages for s in scheduler._waiting)
-    assert sorted(s.rank for shard in scheduler._shards for s in shard.running) == [s.rank for s in scheduler._running]
-    for i, shard in enumerate(scheduler._shards):
-        held = [page for s in shard.running for page in s.pages]
-        assert shard.pool.in_use == len(set(held)) and 0 not in held
-        assert len(shard.running) <= -(-limits.max_rows // limits.shards)
-        for s in shard.running:
-            assert s.shard == i
-            shared = device.cache_SPG[i, s.pages[: s.published]].reshape(-1).tolist()
-            assert shared == s.tokens[: len(shared)], "shared before it is computed"
-            others = {page for other in shard.running if other is not s for page in other.pages}
-            assert not others & set(s.pages[s.published :]), "shared while it is written"
-    head = scheduler._waiting[0] if scheduler._waiting else None
-    undisturbed = scheduler.preemptions == preemptions and len(scheduler._running) < limits.max_rows
-    if head and head in waiting and not head.steps and undisturbed:
-        need = limits.pages_for(len(head.tokens))
-        for shard in scheduler._shards:
-            has_row = len(shard.running) < -(-limits.max_rows // limits.shards)
-            assert not has_row or shard.pool.available < need + len(shard.running), "waits though there is room"
-
-
-def answers(run: Run, jobs: list[Job]) -> dict[tuple[int, int], tuple[list[int], str]]:
-    """Tokens and finish of every continuation; each ends exactly once."""
-    tokens: dict[tuple[int, int], list[int]] = {}
-    ends: dict[tuple[int, int], str] = {}
-    for event in run.events:
-        key = event.request, event.sample
-        assert key not in ends, "an event after the last one"
-        tokens.setdefault(key, []).extend(event.tokens)
-        if event.finish:
-            ends[key] = event.finish
-    assert set(ends) == {(i, k) for i, job in enumerate(jobs) for k in range(job.request.n)}
-    return {key: (tokens.get(key, []), ends[key]) for key in ends}
-
-
-def assert_right(run: Run, jobs: list[Job], limits: Limits) -> None:
-    for (i, k), (tokens, finish) in answers(run, jobs).items():
-        job = jobs[i]
-        expected = alone(job.request, k, VOCAB, limits.most_tokens)
-        if finish == "cancelled":
-            assert job.cancel_at < float("inf") and tokens == expected[: len(tokens)]
-            continue
-        assert tokens == expected
-        stopped = bool(tokens) and tokens[-1] in job.request.stop_ids
-        full = len(tokens) == (job.request.max_tokens or limits.most_tokens - len(job.request.prompt))
-        assert finish == ("stop" if stopped or not full else "length")
-
+from tests.inference.workload import LIMITS, VOCAB, Job, NoRepeats, answers, assert_right, request, serve
 
 STEMS = [[random.Random(i).randrange(VOCAB) for _ in range(18)] for i in range(3)]
 
@@ -247,11 +115,6 @@ def test_the_same_calls_give_the_same_plans(shards):
             np.testing.assert_array_equal(a, b)
 
 
-def request(prompt, max_tokens=4, **what) -> Request:
-    what.setdefault("sampling", Sampling(seed=0))
-    return Request(prompt=tuple(prompt), max_tokens=max_tokens, **what)
-
-
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_request_takes_no_step_more_than_it_needs(ahead):
     run = serve(LIMITS, [Job(0, request([1] * 40, 6))], lambda scheduler: ahead)
@@ -291,50 +154,6 @@ def test_a_low_priority_waits_only_so_long():
     jobs = [Job(0, request([4], 3))] + [Job(0.5 + i, request([i % 4], 3, priority=1)) for i in range(20)]
     order = [event.request for event in serve(limits, jobs).events if event.finish]
     assert order.index(0) == 4
-
-
-def test_shards_fill_evenly_and_a_known_prefix_goes_first():
-    """Rows count before pages, and a prefix before both: the last two find theirs where the second request was."""
-    limits = dataclasses.replace(LIMITS, shards=3, n_pages=20)
-    even = [Job(0, request([i % 5, i // 5] * 4, 20)) for i in range(6)]
-    run = serve(limits, even)
-    assert [run.homes[i, 0] for i in range(6)] == [[0], [1], [2], [0], [1], [2]]
-    assert all(plan.rows_Sb.shape == (3, 2) for plan in run.plans if plan.length_B.sum() == 6)
-    long_and_short = [Job(0, request([0] * size, 20)) for size in (40, 4, 5, 6)]
-    run = serve(dataclasses.replace(LIMITS, shards=2, n_pages=40), long_and_short)
-    assert [run.homes[i, 0] for i in range(4)] == [[0], [1], [1], [0]]
-    jobs = [Job(0, request([i] * 9, 2)) for i in range(3)] + [Job(20 + i, request([1] * 8 + [i], 4)) for i in range(2)]
-    run = serve(limits, jobs)
-    assert_right(run, jobs, limits)
-    assert [run.homes[i, 0] for i in range(5)] == [[0], [1], [2], [1], [1]]
-    assert [event.cached_tokens for event in run.events if event.finish][3:] == [8, 8]
-
-
-def test_only_those_in_the_same_shard_give_way():
-    """Two shards of 28 tokens. The first and the third share one and outgrow it: the third goes to the other shard."""
-    limits = dataclasses.replace(LIMITS, shards=2, n_pages=8, max_rows=4)
-    jobs = [Job(0, request([0] * 8, 17)), Job(0, request([1] * 8, 5)), Job(0, request([2] * 8, 17))]
-    run = serve(limits, jobs)
-    assert_right(run, jobs, limits)
-    assert run.scheduler.preemptions == 1
-    assert [run.homes[i, 0] for i in range(3)] == [[0], [1], [0, 1]]
-
-
-def test_a_priority_takes_the_row_of_the_last_in_rank_of_all_shards():
-    limits = dataclasses.replace(LIMITS, shards=2, max_rows=2, n_pages=20)
-    jobs = [Job(0, request([i] * 9, 20)) for i in range(2)] + [Job(4, request([4] * 9, 3, priority=1))]
-    run = serve(limits, jobs)
-    assert_right(run, jobs, limits)
-    assert [event.request for event in run.events if event.finish] == [2, 0, 1]
-    assert run.scheduler.preemptions == 1 and run.homes[2, 0] == [1]
-
-
-def test_the_load_is_that_of_all_shards():
-    scheduler = Scheduler(dataclasses.replace(LIMITS, shards=3, n_pages=11))
-    for i in range(4):
-        scheduler.submit(request([i] * 8, 2), 0)
-    scheduler.plan(0)
-    assert scheduler.load() == (4, 0, 8, 30, 0)
 
 
 def test_n_samples_share_the_pages_of_the_prompt():

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kimi_jax import presets
-from kimi_jax.dims import map_specs
 from kimi_jax.inference.engine import Engine
 from kimi_jax.inference.limits import Limits
-from kimi_jax.inference.place import place
 from kimi_jax.inference.request import Request, Sampling
 from kimi_jax.inference.sharded import serving_mesh
-from kimi_jax.model import specs
+from kimi_jax.inference.weights import abstract, held, serving_params
+from tests.inference.tiny import parameters
 
 CFG = presets.tiny().replace(
     vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
@@ -38,18 +35,6 @@ REQUESTS = [
 ]
 
 
-@functools.cache
-def parameters(cfg):
-    rng = np.random.default_rng(0)
-
-    def draw(spec):
-        if spec.std is None:
-            return jnp.asarray(spec.fill + 0.2 * rng.standard_normal(spec.shape), jnp.float32)
-        return jnp.asarray(rng.standard_normal(spec.shape) / spec.shape[-2] ** 0.5, jnp.float32)
-
-    return map_specs(draw, specs(cfg))
-
-
 def answers(engine: Engine):
     """Tokens of every answer, and all log probabilities."""
     tokens, logprobs = {}, {}
@@ -66,7 +51,8 @@ def test_as_one_device(shape):
     cfg = SHAPES[shape]
     alone, alone_logprobs = answers(Engine(parameters(cfg), cfg, LIMITS))
     mesh = serving_mesh(jax.devices())
-    engine = Engine(place(parameters(cfg), cfg, mesh), cfg, dataclasses.replace(LIMITS, shards=8), mesh=mesh)
+    spread = serving_params(abstract(cfg, "bf16", mesh), cfg, "bf16", held(parameters(cfg)))
+    engine = Engine(spread, cfg, dataclasses.replace(LIMITS, shards=8), mesh=mesh)
     found, logprobs = answers(engine)
     assert found == alone
     for key, expected in alone_logprobs.items():
