@@ -38,6 +38,7 @@ TEST = [
     "ruff==0.17.6",
     "pyright[nodejs]==1.1.414",
 ]
+SOAK = ["schemathesis>=4"]  # python -m tests.server.soak
 PARITY = ["torch==2.13.0", "transformers==5.23.0", "safetensors>=0.7"]
 
 setup(
@@ -57,5 +58,6 @@ setup(
         "serve": SERVE,
         "test": TEST,
         "parity": PARITY,
+        "soak": SOAK,
     },
 )

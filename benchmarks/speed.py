@@ -132,7 +132,8 @@ def ours(shape: str, only: set[str], dtypes: list[str], repeats: int) -> None:
             if f"decode_{size}" not in only:
                 continue
             weights = jax.jit(partial(in_compute_dtype, cfg))(params)
-            requests = [Request(tuple(ids[0, :PROMPT].tolist()), max_tokens=NEW + 1)] * size
+            prompts = rng.integers(0, base.vocab_size, (size, PROMPT)).tolist()
+            requests = [Request(tuple(prompt), max_tokens=NEW + 1) for prompt in prompts]
             engine = Engine(weights, cfg, offline.limits_for(requests, cfg))
 
             def steps(engine=engine, requests=requests):

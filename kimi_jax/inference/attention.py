@@ -31,7 +31,7 @@ from kimi_jax.kernels.paged_mla import paged_mla
 from kimi_jax.layers.attention import MASKED
 from kimi_jax.layers.linear import contract, product
 
-BLOCK = 512  # positions of a block, or a page if that is more
+BLOCK = 512  # positions of a block; a page if that is more, all pages if they are fewer
 WALK = "walk"  # the scope of the loop over blocks, whose length the data decide
 FEW = 8  # tokens per row that the kernel takes
 LARGEST = 2**22  # logits of a block: 16 MiB, which stays on the chip; more heads or queries walk group after group
@@ -107,14 +107,13 @@ def naive(
         return o_BNTW.swapaxes(0, 1)
 
     q_NBTX = jnp.moveaxis(q_BTNX, 2, 0)
-    o_NBTW = _in_groups(heads, N, B * T * _positions(cache_LPGX), q_NBTX, w_CNX.swapaxes(0, 1))
+    S = _pages_of_a_block(cache_LPGX, pages_BP) * cache_LPGX.shape[2]
+    o_NBTW = _in_groups(heads, N, B * T * S, q_NBTX, w_CNX.swapaxes(0, 1))
     return contract("BTNW,NWD->BTD", ops.to_heads(jnp.moveaxis(o_NBTW, 0, 2)), p["o"])
 
 
-def _positions(cache_LPGX: Array) -> int:
-    """Of a block."""
-    G = cache_LPGX.shape[2]
-    return max(BLOCK // G, 1) * G
+def _pages_of_a_block(cache_LPGX: Array, pages_BP: Array) -> int:
+    return min(max(BLOCK // cache_LPGX.shape[2], 1), pages_BP.shape[1])
 
 
 def _in_groups(f: Callable, n: int, logits_of_one: int, *args: Array) -> Array:
@@ -132,8 +131,8 @@ def _walk(
 ) -> Array:
     """o [B, K, Z, W] of Z queries on each of K key heads, where a block's latents give keys [B, K, S, X] and values."""
     B, K, Z, X = q_BKZX.shape
-    S = _positions(cache_LPGX)
-    per_block = S // cache_LPGX.shape[2]
+    per_block = _pages_of_a_block(cache_LPGX, pages_BP)
+    S = per_block * cache_LPGX.shape[2]
     pages_BP = jnp.pad(pages_BP, ((0, 0), (0, -pages_BP.shape[1] % per_block)))
 
     def queries(group: tuple[Array, Array]) -> Array:

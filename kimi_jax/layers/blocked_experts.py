@@ -4,7 +4,8 @@ XLA needs static shapes, and the number of rows of an expert is known at run tim
 cut into pieces that never cross an expert; the products of a piece are computed at the smallest of a ladder of sizes
 that holds it (``lax.switch``), and what it writes past its end, the next piece overwrites. A balanced expert is one
 piece and wastes a few per cent; one with many more rows is several pieces; an empty one costs nothing. Forward and
-backward are one walk each, and no copy of a layer's weights is made.
+backward are one walk each, and no copy of a layer's weights is made. A matrix is sliced out and cast where it is used,
+which XLA does in one pass over it: with few rows, reading the weights is all the work there is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kimi_jax.layers.linear import product, weight_gradient
 from kimi_jax.layers.mlp import swiglu
 
 LADDER = (1, 2, 4, 6, 8, 10, 12)  # in units of about an eighth of the mean load
+FEW = 8  # rows whose products with bf16 weights are the faster in f32: the same numbers, without packed copies
 
 
 class Pieces(NamedTuple):
@@ -57,10 +59,17 @@ class Piece(NamedTuple):
     start: Array
     end: Array
     sizes: tuple[int, ...]
-    w: Params  # the expert's weights in the compute dtype
+    expert: Array
+    weights: Params
 
     def rows(self, x: Array) -> Array:
         return lax.dynamic_slice_in_dim(x, self.start, self.sizes[-1])
+
+    def times(self, spec: str, x: Array, name: str) -> Array:
+        """``product`` of rows with one of the expert's matrices."""
+        w = jax.tree.map(partial(lax.dynamic_index_in_dim, index=self.expert, keepdims=False), self.weights[name])
+        dtype = jnp.float32 if len(x) <= FEW else x.dtype
+        return product(spec, x.astype(dtype), w.astype(dtype))
 
     def products(self, f: Callable, *rows: Array):
         """f of the first n rows each, n the smallest size that holds the piece; its results padded to all rows."""
@@ -76,17 +85,12 @@ class Piece(NamedTuple):
         return lax.switch(rung, [lambda *rows, n=n: f(n, *(x[:n] for x in rows)) for n in self.sizes], *rows)
 
 
-def _walk(
-    pieces: Pieces, sizes: tuple[int, ...], weights: Params, dtype, compute, store, carry, first: Array | int = 0
-):
+def _walk(pieces: Pieces, sizes: tuple[int, ...], weights: Params, compute, store, carry, first: Array | int = 0):
     """For every piece: carry = store(carry, expert, start, compute(piece)). Expert 0 is ``weights[first]``."""
 
     def step(i: Array, carry):
-        expert = first + pieces.expert_I[i]
-        own = jax.tree.map(partial(lax.dynamic_index_in_dim, index=expert, keepdims=False), weights)
-        w = {name: own[name].astype(dtype) for name in own}
-        piece = Piece(pieces.start_I[i], pieces.end_I[i], sizes, w)
-        return store(carry, expert, piece.start, compute(piece))
+        piece = Piece(pieces.start_I[i], pieces.end_I[i], sizes, first + pieces.expert_I[i], weights)
+        return store(carry, piece.expert, piece.start, compute(piece))
 
     return lax.fori_loop(0, pieces.count, step, carry)
 
@@ -120,21 +124,18 @@ def _run(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array, E: int, f
     token_A = _pad(order.order_A // K, longest)
 
     def compute(piece: Piece):
-        def gate_and_up(x_nD: Array):
-            return tuple(product("nD,DF->nF", x_nD, piece.w[name]).astype(dtype) for name in ("gate", "up"))
+        def expert(x_nD: Array):
+            gate_nF, up_nF = (piece.times("nD,DF->nF", x_nD, name).astype(dtype) for name in ("gate", "up"))
+            return gate_nF, up_nF, piece.times("nF,FD->nD", swiglu(gate_nF, up_nF), "down").astype(dtype)
 
-        def down(h_nF: Array):
-            return product("nF,FD->nD", h_nF, piece.w["down"]).astype(dtype)
-
-        gate_nF, up_nF = piece.products(gate_and_up, x_MD[piece.rows(token_A)])
-        return gate_nF, up_nF, piece.products(down, swiglu(gate_nF, up_nF))
+        return piece.products(expert, x_MD[piece.rows(token_A)])
 
     def store(outputs, _, start: Array, results):
         return tuple(_put(out, rows, start) for out, rows in zip(outputs, results, strict=True))
 
     outputs = tuple(jnp.zeros((M * K + longest, width), dtype) for width in (F, F, D))
     pieces = cut(order.sizes_E, M * K, longest)
-    gate_AF, up_AF, y_AD = _walk(pieces, sizes, p, dtype, compute, store, outputs, first)
+    gate_AF, up_AF, y_AD = _walk(pieces, sizes, p, compute, store, outputs, first)
     return combine(y_AD[order.inverse_MK], weights_MK).astype(dtype), Hidden(order, gate_AF, up_AF)
 
 
@@ -152,13 +153,13 @@ def backward(p: Params, x_MD: Array, weights_MK: Array, hidden: Hidden, dy_MD: A
         token_n, weight_n1 = piece.rows(token_A), piece.rows(weight_A1)
         x_nD, dy_nD = x_MD[token_n], jnp.where(own_n1, dy_MD[token_n], 0)
         h_nF, swiglu_vjp = jax.vjp(swiglu, piece.rows(gate_AF), piece.rows(up_AF))
-        dh_nF = piece.products(partial(product, "nD,FD->nF", y=piece.w["down"]), dy_nD)
+        dh_nF = piece.products(lambda dy_nD: piece.times("nD,FD->nF", dy_nD, "down"), dy_nD)
         h_f32, weighted_nF = h_nF.astype(jnp.float32), (h_nF.astype(jnp.float32) * weight_n1).astype(dtype)
         dweight_n1 = jnp.sum(dh_nF * h_f32, axis=-1, keepdims=True)
         dgate_nF, dup_nF = swiglu_vjp((dh_nF * weight_n1).astype(dtype))
 
         def dx(dgate_nF: Array, dup_nF: Array):
-            dx_nD = product("nF,DF->nD", dgate_nF, piece.w["gate"]) + product("nF,DF->nD", dup_nF, piece.w["up"])
+            dx_nD = piece.times("nF,DF->nD", dgate_nF, "gate") + piece.times("nF,DF->nD", dup_nF, "up")
             return dx_nD.astype(dtype)
 
         def dw(x_nD: Array, dy_nD: Array, dgate_nF: Array, dup_nF: Array, weighted_nF: Array):
@@ -187,5 +188,5 @@ def backward(p: Params, x_MD: Array, weights_MK: Array, hidden: Hidden, dy_MD: A
         {name: jnp.zeros(p[name].shape, jnp.float32) for name in p},
     )
     pieces = cut(order.sizes_E, M * K, longest)
-    dx_AD, dweight_A1, dw = _walk(pieces, sizes, p, dtype, compute, store, carry)
+    dx_AD, dweight_A1, dw = _walk(pieces, sizes, p, compute, store, carry)
     return dw, sum_copies(dx_AD, order).astype(dtype), dweight_A1[order.inverse_MK, 0]
