@@ -7,12 +7,14 @@
 Both sides run the operations that ``reference.py`` describes, at the same shape, one after the other, each on one
 core (per CPU-second nobody gains from a second one); medians over the repeats. "f32" compares f32 throughout; "best"
 compares each side's fastest setting with f32 weights and any dtype of the products.
+
+``decode_64`` is ours alone, beside transformers' batch 8: continuous batching of 192 requests with answers of 32 to 96
+tokens on 64 rows, what comes after the first step, prompts included.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import os
 import resource
@@ -25,7 +27,8 @@ from functools import partial
 from pathlib import Path
 
 BATCH, LENGTH, PROMPT, NEW = 4, 512, 32, 64
-OPERATIONS = ("forward", "forward_backward", "adamw_step", "muon_step", "decode_1", "decode_8")
+OPERATIONS = ("forward", "forward_backward", "adamw_step", "muon_step", "decode_1", "decode_8", "decode_64")
+THEIRS = {"decode_64": "decode_8"}  # what stands beside an operation that the other side has not
 
 
 def clock() -> tuple[float, float]:
@@ -128,25 +131,34 @@ def ours(shape: str, only: set[str], dtypes: list[str], repeats: int) -> None:
 
             measure(what, label, tokens, train, repeats)
             del state
-        for size in (1, 8):
+        for size in (1, 8, 64):
             if f"decode_{size}" not in only:
                 continue
             weights = jax.jit(partial(in_compute_dtype, cfg))(params)
-            prompts = rng.integers(0, base.vocab_size, (size, PROMPT)).tolist()
-            requests = [Request(tuple(prompt), max_tokens=NEW + 1) for prompt in prompts]
-            engine = Engine(weights, cfg, offline.limits_for(requests, cfg))
+            answers = [NEW + 1] * size if size < 64 else rng.integers(NEW // 2, 3 * NEW // 2, 3 * size).tolist()
+
+            def requests(answers=answers):  # other prompts each time: the pages of the last ones are still there
+                prompts = rng.integers(0, base.vocab_size, (len(answers), PROMPT)).tolist()
+                return [Request(tuple(p), max_tokens=n) for p, n in zip(prompts, answers, strict=True)]
+
+            engine = Engine(weights, cfg, offline.limits_for(requests(), cfg, max_rows=size))
 
             def steps(engine=engine, requests=requests):
-                events = engine.generate(requests)
-                next(events)  # the first of the step that ends the prompts
-                before = clock()
-                collections.deque(events, maxlen=0)
-                return [b - a for a, b in zip(before, clock(), strict=True)]
+                """Tokens, CPU-seconds and seconds after the first step, which ends the first prompts."""
+                for request in requests():
+                    engine.submit(request)
+                while not engine.step():
+                    pass
+                before, count = clock(), 0
+                while engine.wait(0):
+                    count += sum(len(event.tokens) for event in engine.step())
+                return count, *(b - a for a, b in zip(before, clock(), strict=True))
 
             steps()
-            cpu, wall = (statistics.median(c) for c in zip(*(steps() for _ in range(repeats)), strict=True))
-            rates = {"tokens_per_cpu_s": round(size * NEW / cpu, 1), "tokens_per_s": round(size * NEW / wall, 1)}
-            print(json.dumps({"what": f"decode_{size}", "setting": label, **rates}), flush=True)
+            rates = ((count / cpu, count / wall) for count, cpu, wall in (steps() for _ in range(repeats)))
+            cpu, wall = (round(statistics.median(column), 1) for column in zip(*rates, strict=True))
+            record = {"what": f"decode_{size}", "setting": label, "tokens_per_cpu_s": cpu, "tokens_per_s": wall}
+            print(json.dumps(record), flush=True)
 
 
 def lines_of(command: list[str]) -> list[dict]:
@@ -157,17 +169,21 @@ def lines_of(command: list[str]) -> list[dict]:
 
 def compare(only: set[str], repeats: int) -> None:
     one_core = ["taskset", "-c", "0"]
-    arguments = ["--only", ",".join(sorted(only)), "--repeats", str(repeats)]
     here = Path(__file__)
-    theirs = lines_of([*one_core, sys.executable, str(here.with_name("reference.py")), *arguments])
-    mine = lines_of([*one_core, sys.executable, str(here), "--ours", *arguments])
+
+    def measured(script: Path, only: set[str], *mode: str) -> list[dict]:
+        options = ["--only", ",".join(sorted(only)), "--repeats", str(repeats)]
+        return lines_of([*one_core, sys.executable, str(script), *mode, *options])
+
+    theirs = measured(here.with_name("reference.py"), {THEIRS.get(what, what) for what in only})
+    mine = measured(here, only, "--ours")
     print(f"{'operation':18}{'f32: ours':>12}{'theirs':>9}{'ratio':>7}   {'best: ours':>12}{'theirs':>9}{'ratio':>7}")
     for what in OPERATIONS:
         row = f"{what:18}"
         for chosen in (lambda s: s.startswith("f32"), lambda s: not s.startswith("bf16 ") or s == "bf16 products"):
             rates = [
-                max((r["tokens_per_cpu_s"] for r in side if r["what"] == what and chosen(r["setting"])), default=0.0)
-                for side in (mine, theirs)
+                max((r["tokens_per_cpu_s"] for r in side if r["what"] == name and chosen(r["setting"])), default=0.0)
+                for side, name in ((mine, what), (theirs, THEIRS.get(what, what)))
             ]
             if all(rates):
                 row += f"{rates[0]:12.1f}{rates[1]:9.1f}{rates[0] / rates[1]:7.2f}   "

@@ -211,7 +211,7 @@ def main() -> None:
             "--checks",
             "not_a_server_error",
             "--request-timeout",
-            "120",
+            "300",
         ]
         command += ["--max-time", str(int(60 * args.minutes))]
         with (folder / "schemathesis.log").open("w") as log:
