@@ -38,6 +38,12 @@ class Session:
         if self._peers:
             self._peers.at(where)
 
+    def meet(self, where: str) -> None:
+        """Waits for all processes, as before a first step: its collectives wait for less time than compilers take."""
+        self.at(where)
+        if self._peers:
+            preflight.check_collective(jax.devices())
+
     def step(self, step: int) -> None:
         """A step begins; the one before has ended."""
         self._limit = self._limit or StepLimit(self._cfg.hang_seconds)

@@ -90,6 +90,7 @@ class Run:
     def _train(self) -> None:
         cfg, session, signals = self.cfg, self._session, self._signals
         step_fn = self._begin()
+        session.meet("the first step")
         self._eval_fn = jax.jit(partial(eval_step, cfg, ops=self._place.ops))
         batches = self._train_data.iter_rows(self.step, self._rows.loaded)
         tracer = Tracer(cfg.pods, self.workdir / "traces", signals)
