@@ -74,7 +74,7 @@ def forward(
     return rms_norm(x_BTD, params["norm"], cfg.rms_norm_eps), cache_LPGX
 
 
-def logits(params: Params, x_BTD: Array, first_B: Array, J: int, ops: Ops = ON_ONE_DEVICE) -> Array:
-    """f32 logits [B, J, V] after the new tokens first .. first + J - 1 of every row, or of a share of the rows."""
+def after(x_BTD: Array, first_B: Array, J: int) -> Array:
+    """The hidden states [B, J, D] of the new tokens first .. first + J - 1 of every row."""
     at_BJ = jnp.clip(first_B[:, None] + jnp.arange(J), 0, x_BTD.shape[1] - 1)
-    return ops.head(params, jnp.take_along_axis(x_BTD, at_BJ[..., None], axis=1))
+    return jnp.take_along_axis(x_BTD, at_BJ[..., None], axis=1)

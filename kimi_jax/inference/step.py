@@ -1,8 +1,11 @@
-"""A ``StepPlan`` on the device: one compiled program per shape of a plan, one array up and one step's tokens down.
+"""A ``StepPlan`` on the device: one array up and one step's tokens down.
 
 The host's part of a step is bound by the number of arrays it hands over, so what every step has goes up as one int32
 array, with the bits of what is not int32. Steps run in order, and each takes the cache and the tokens that the one
 before leaves on the device: nothing has to come to the host before the next step can start.
+
+A step is two programs, for what one of them is compiled for, the other need not know: ``compute`` runs the layers,
+compiled once per shape of rows, and ``choose``, which is small, the sampler, once per set of what rows ask of it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Array, Params
 from kimi_jax.inference import cache
-from kimi_jax.inference.forward import forward, logits
+from kimi_jax.inference.forward import after, forward
 from kimi_jax.inference.limits import Limits
 from kimi_jax.inference.ops import ON_ONE_DEVICE, Ops
 from kimi_jax.inference.place import partitions
@@ -52,7 +55,8 @@ def init_state(cfg: ModelConfig, limits: Limits, dtype: str | None = None, mesh:
     return jax.jit(empty, out_shardings=where)()
 
 
-STATE = State(PartitionSpec(None, AXIS), PartitionSpec())  # pyright: ignore[reportArgumentType]  # on a mesh
+WHOLE_ARRAY = PartitionSpec()
+STATE = State(PartitionSpec(None, AXIS), WHOLE_ARRAY)  # pyright: ignore[reportArgumentType]  # on a mesh
 
 
 class Given(NamedTuple):
@@ -65,11 +69,20 @@ class Given(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a step's program is compiled for, besides the shapes of arrays."""
+    """What programs are compiled for, besides the shapes of arrays."""
 
     T: int
     J: int
     n_logprobs: int
+
+
+class Computed(NamedTuple):
+    """What the layers leave for the sampler."""
+
+    x_BJD: Array  # normed hidden states, after each of which a token is sampled
+    drafts_BJ: Array
+    columns_BI: Array  # those of ``flat`` before the tokens
+    x_BTD: Array | None  # after all tokens, if they are scored
 
 
 class Running(NamedTuple):
@@ -89,7 +102,7 @@ def run(
     extras = Extras(plan.seen_BU, plan.times_BU, plan.biased_BU, plan.bias_BU, plan.grammar_BJw)  # pyright: ignore[reportArgumentType]
     given = Given(flat(plan), plan.rows_Sb, extras, plan.next_BT)
     shape = Shape(plan.tokens_BT.shape[1], plan.n_sampled, plan.n_logprobs)
-    running, state = step(params, state, given, cfg, mesh, shape)
+    running, state = _step(params, state, given, cfg, mesh, shape)
     for array in jax.tree.leaves(running):
         array.copy_to_host_async()
     return running, state
@@ -116,43 +129,81 @@ def columns(T: int, P: int) -> int:
 def step(
     params: Params, state: State, given: Given, cfg: ModelConfig, mesh: Mesh | None, shape: Shape
 ) -> tuple[Running, State]:
-    if mesh is None:
-        return _compute(cfg, shape, params, state, given)
-    whole = PartitionSpec()
-    spread = jax.shard_map(
-        partial(_compute, cfg, shape),
-        mesh=mesh,
-        in_specs=(partitions(params, cfg, mesh), STATE, whole),
-        out_specs=(whole, STATE),
-        check_vma=False,
-    )
-    return spread(params, state, given)
+    """Both halves as one program."""
+    return _step(params, state, given, cfg, mesh, shape)
 
 
-def _compute(cfg: ModelConfig, shape: Shape, params: Params, state: State, given: Given) -> tuple[Running, State]:
-    (T, J, n), (flat_BI, rows_Sb, extras, next_BT) = shape, given
+def _step(
+    params: Params, state: State, given: Given, cfg: ModelConfig, mesh: Mesh | None, shape: Shape
+) -> tuple[Running, State]:
+    (T, J, n), scored = shape, given.next_BT is not None
+    cache_LPGX, tokens_R = state
+    computed, cache_LPGX = compute(params, cache_LPGX, tokens_R, given.flat_BI, given.rows_Sb, cfg, mesh, T, J, scored)
+    running, tokens_R = choose(params, tokens_R, computed, given.rows_Sb, given.extras, given.next_BT, cfg, mesh, n)
+    return running, State(cache_LPGX, tokens_R)
+
+
+@partial(jax.jit, static_argnames=("cfg", "mesh", "T", "J", "scored"), donate_argnames="cache_LPGX")
+def compute(
+    params: Params, cache_LPGX: Array, tokens_R: Array, flat_BI: Array, rows_Sb: Array | None, cfg: ModelConfig,
+    mesh: Mesh | None, T: int, J: int, scored: bool,
+) -> tuple[Computed, Array]:  # fmt: skip
+    """The layers, over the cache; ``tokens_R`` of the step before."""
+    f = partial(_compute, cfg, T, J, scored)
+    if mesh is not None:
+        where = partitions(params, cfg, mesh), STATE.cache_LPGX, WHOLE_ARRAY, WHOLE_ARRAY, WHOLE_ARRAY
+        out = WHOLE_ARRAY, STATE.cache_LPGX
+        f = jax.shard_map(f, mesh=mesh, in_specs=where, out_specs=out, check_vma=False)
+    return f(params, cache_LPGX, tokens_R, flat_BI, rows_Sb)
+
+
+@partial(jax.jit, static_argnames=("cfg", "mesh", "n_logprobs"), donate_argnames="tokens_R")
+def choose(
+    params: Params, tokens_R: Array, computed: Computed, rows_Sb: Array | None, extras: Extras, next_BT: Array | None,
+    cfg: ModelConfig, mesh: Mesh | None, n_logprobs: int,
+) -> tuple[Running, Array]:  # fmt: skip
+    """Tokens, and ``tokens_R`` for the next step."""
+    f, own = partial(_choose, cfg, n_logprobs), {"lm_head": params["lm_head"]}
+    if mesh is not None:
+        where = ({"lm_head": partitions(params, cfg, mesh)["lm_head"]}, *(WHOLE_ARRAY,) * 5)
+        f = jax.shard_map(f, mesh=mesh, in_specs=where, out_specs=WHOLE_ARRAY, check_vma=False)
+    return f(own, tokens_R, computed, rows_Sb, extras, next_BT)
+
+
+def _compute(
+    cfg: ModelConfig, T: int, J: int, scored: bool, params: Params, cache_LPGX: Array, tokens_R: Array, flat_BI: Array,
+    rows_Sb: Array | None,
+) -> tuple[Computed, Array]:  # fmt: skip
     ops = ON_ONE_DEVICE if rows_Sb is None else sharded_ops(rows_Sb, len(flat_BI), cfg.vocab_size)
-    n_whole, n_columns = len(WHOLE), len(WHOLE) + len(BITS)
-    start_B, length_B, feed_B, drafted_B, top_k_B = flat_BI.T[:n_whole]
-    seed_B, *real = flat_BI.T[n_whole:n_columns]
+    n_columns = len(WHOLE) + len(BITS)
+    start_B, length_B, feed_B, drafted_B, _ = flat_BI.T[: len(WHOLE)]
+    tokens_BT, pages_BP = flat_BI[:, n_columns : n_columns + T], flat_BI[:, n_columns + T :]
+    fed_B = jnp.where(feed_B >= 0, tokens_R[jnp.maximum(feed_B, 0)], tokens_BT[:, 0])
+    tokens_BT = tokens_BT.at[:, 0].set(fed_B)
+    x_BTD, cache_LPGX = forward(params, cfg, cache_LPGX, tokens_BT, start_B, length_B, pages_BP, ops)
+    drafts_BJ = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))[:, :J]  # drafts follow a row's one known token
+    x_BJD = after(x_BTD, length_B - 1 - drafted_B, J)
+    return Computed(x_BJD, drafts_BJ, flat_BI[:, :n_columns], x_BTD if scored else None), cache_LPGX
+
+
+def _choose(
+    cfg: ModelConfig, n: int, params: Params, tokens_R: Array, computed: Computed, rows_Sb: Array | None,
+    extras: Extras, next_BT: Array | None,
+) -> tuple[Running, Array]:  # fmt: skip
+    x_BJD, drafts_BJ, columns_BI, x_BTD = computed
+    B = len(x_BJD)
+    ops = ON_ONE_DEVICE if rows_Sb is None else sharded_ops(rows_Sb, B, cfg.vocab_size)
+    start_B, length_B, _, drafted_B, top_k_B = columns_BI.T[: len(WHOLE)]
+    seed_B, *real = columns_BI.T[len(WHOLE) :]
     temperature_B, top_p_B, min_p_B, *penalties = (lax.bitcast_convert_type(a, jnp.float32) for a in real)
     sampling = Sampling(
         lax.bitcast_convert_type(seed_B, jnp.uint32), temperature_B, top_k_B, top_p_B, min_p_B, *penalties
     )
-    tokens_BT, pages_BP = flat_BI[:, n_columns : n_columns + T], flat_BI[:, n_columns + T :]
-    fed_B = jnp.where(feed_B >= 0, state.tokens_R[jnp.maximum(feed_B, 0)], tokens_BT[:, 0])
-    tokens_BT = tokens_BT.at[:, 0].set(fed_B)
-
-    x_BTD, cache_LPGX = forward(params, cfg, state.cache_LPGX, tokens_BT, start_B, length_B, pages_BP, ops)
-    first_B = length_B - 1 - drafted_B
-    drafts_BJ = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))[:, :J]  # drafts follow a row's one known token
-    at_B = start_B + first_B + 1
+    at_B = start_B + length_B - drafted_B
     at_B, drafts_BJ, drafted_B, sampling, extras = ops.share((at_B, drafts_BJ, drafted_B, sampling, extras))
-    logits_BJV = logits(params, x_BTD, first_B, J, ops)
-    sampled = ops.gathered(sample(logits_BJV, at_B, drafts_BJ, drafted_B, sampling, extras, n), len(start_B))
-    scored = None if next_BT is None else _scores(params, x_BTD, next_BT, n, ops)
-    tokens_R = state.tokens_R.at[: len(start_B)].set(sampled.tokens_BJ[:, 0])
-    return Running(sampled, scored), State(cache_LPGX, tokens_R)
+    sampled = ops.gathered(sample(ops.head(params, x_BJD), at_B, drafts_BJ, drafted_B, sampling, extras, n), B)
+    scored = None if x_BTD is None or next_BT is None else _scores(params, x_BTD, next_BT, n, ops)
+    return Running(sampled, scored), tokens_R.at[:B].set(sampled.tokens_BJ[:, 0])
 
 
 def _scores(params: Params, x_BTD: Array, next_BT: Array, n: int, ops: Ops) -> tuple[Array, Array, Array]:

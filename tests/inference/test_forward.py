@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kimi_jax.inference import attention, cache
-from kimi_jax.inference.forward import forward, logits
-from kimi_jax.model import in_compute_dtype
+from kimi_jax.inference.forward import after, forward
+from kimi_jax.model import head, in_compute_dtype
 from tests.inference.tiny import CFG, full, parameters
 
 VARIANTS = {
@@ -26,7 +26,7 @@ PAGES = 1 + np.random.default_rng(2).permutation(3 * 40).reshape(3, 40)  # as ma
 @partial(jax.jit, static_argnums=(1, 7), donate_argnums=2)
 def step(params, cfg, pages, tokens, start, length, tables, J):
     x, pages = forward(params, cfg, pages, tokens, start, length, tables)
-    return logits(params, x, jnp.maximum(length - J, 0), J), pages
+    return head(params, after(x, jnp.maximum(length - J, 0), J)), pages
 
 
 def run(params, cfg, plan, page_size=4, tokens=TOKENS, tables=PAGES):
