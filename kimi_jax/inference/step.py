@@ -4,12 +4,14 @@ The host's part of a step is bound by the number of arrays it hands over, so wha
 array, with the bits of what is not int32. Steps run in order, and each takes the cache and the tokens that the one
 before leaves on the device: nothing has to come to the host before the next step can start.
 
-A step is two programs, for what one of them is compiled for, the other need not know: ``compute`` runs the layers,
-compiled once per shape of rows, and ``choose``, which is small, the sampler, once per set of what rows ask of it.
+A step is several programs, for what one of them is compiled for, the others need not know: ``compute`` runs the layers,
+compiled once per shape of rows; ``choose``, which is small, the sampler, once per set of what rows ask of it; and
+``score`` gives prompts their log probabilities.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,7 +84,6 @@ class Computed(NamedTuple):
     x_BJD: Array  # normed hidden states, after each of which a token is sampled
     drafts_BJ: Array
     columns_BI: Array  # those of ``flat`` before the tokens
-    x_BTD: Array | None  # after all tokens, if they are scored
 
 
 class Running(NamedTuple):
@@ -136,63 +137,89 @@ def step(
 def _step(
     params: Params, state: State, given: Given, cfg: ModelConfig, mesh: Mesh | None, shape: Shape
 ) -> tuple[Running, State]:
-    (T, J, n), scored = shape, given.next_BT is not None
-    cache_LPGX, tokens_R = state
-    computed, cache_LPGX = compute(params, cache_LPGX, tokens_R, given.flat_BI, given.rows_Sb, cfg, mesh, T, J, scored)
-    running, tokens_R = choose(params, tokens_R, computed, given.rows_Sb, given.extras, given.next_BT, cfg, mesh, n)
-    return running, State(cache_LPGX, tokens_R)
+    (T, J, n), (cache_LPGX, tokens_R), rows_Sb, next_BT = shape, state, given.rows_Sb, given.next_BT
+    computed, x_BTD, cache_LPGX = compute(params, cache_LPGX, tokens_R, given.flat_BI, rows_Sb, cfg, mesh, T, J)
+    sampled, tokens_R = choose(params, tokens_R, computed, rows_Sb, given.extras, cfg, mesh, n)
+    scored = None if next_BT is None else score(params, x_BTD, next_BT, rows_Sb, cfg, mesh, n)
+    return Running(sampled, scored), State(cache_LPGX, tokens_R)
 
 
-@partial(jax.jit, static_argnames=("cfg", "mesh", "T", "J", "scored"), donate_argnames="cache_LPGX")
+@partial(jax.jit, static_argnames=("cfg", "mesh", "T", "J"), donate_argnames="cache_LPGX")
 def compute(
     params: Params, cache_LPGX: Array, tokens_R: Array, flat_BI: Array, rows_Sb: Array | None, cfg: ModelConfig,
-    mesh: Mesh | None, T: int, J: int, scored: bool,
-) -> tuple[Computed, Array]:  # fmt: skip
-    """The layers, over the cache; ``tokens_R`` of the step before."""
-    f = partial(_compute, cfg, T, J, scored)
+    mesh: Mesh | None, T: int, J: int,
+) -> tuple[Computed, Array, Array]:  # fmt: skip
+    """The layers, over the cache; ``tokens_R`` of the step before. Also the hidden states after all tokens."""
+    f = partial(_compute, cfg, T, J)
     if mesh is not None:
         where = partitions(params, cfg, mesh), STATE.cache_LPGX, WHOLE_ARRAY, WHOLE_ARRAY, WHOLE_ARRAY
-        out = WHOLE_ARRAY, STATE.cache_LPGX
+        out = WHOLE_ARRAY, WHOLE_ARRAY, STATE.cache_LPGX
         f = jax.shard_map(f, mesh=mesh, in_specs=where, out_specs=out, check_vma=False)
     return f(params, cache_LPGX, tokens_R, flat_BI, rows_Sb)
 
 
 @partial(jax.jit, static_argnames=("cfg", "mesh", "n_logprobs"), donate_argnames="tokens_R")
 def choose(
-    params: Params, tokens_R: Array, computed: Computed, rows_Sb: Array | None, extras: Extras, next_BT: Array | None,
-    cfg: ModelConfig, mesh: Mesh | None, n_logprobs: int,
-) -> tuple[Running, Array]:  # fmt: skip
+    params: Params, tokens_R: Array, computed: Computed, rows_Sb: Array | None, extras: Extras, cfg: ModelConfig,
+    mesh: Mesh | None, n_logprobs: int,
+) -> tuple[Sampled, Array]:  # fmt: skip
     """Tokens, and ``tokens_R`` for the next step."""
-    f, own = partial(_choose, cfg, n_logprobs), {"lm_head": params["lm_head"]}
-    if mesh is not None:
-        where = ({"lm_head": partitions(params, cfg, mesh)["lm_head"]}, *(WHOLE_ARRAY,) * 5)
-        f = jax.shard_map(f, mesh=mesh, in_specs=where, out_specs=WHOLE_ARRAY, check_vma=False)
-    return f(own, tokens_R, computed, rows_Sb, extras, next_BT)
+    return _with_head(partial(_choose, cfg, n_logprobs), params, cfg, mesh)(tokens_R, computed, rows_Sb, extras)
+
+
+@partial(jax.jit, static_argnames=("cfg", "mesh", "n_logprobs"))
+def score(
+    params: Params, x_BTD: Array, next_BT: Array, rows_Sb: Array | None, cfg: ModelConfig, mesh: Mesh | None,
+    n_logprobs: int,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Log softmax at ``next`` after every token, and the n most likely."""
+
+    def scores(params: Params, x_BTD: Array, next_BT: Array, rows_Sb: Array | None) -> tuple[Array, Array, Array]:
+        return _scores(params, x_BTD, next_BT, n_logprobs, _ops(rows_Sb, len(next_BT), cfg))
+
+    return _with_head(scores, params, cfg, mesh)(x_BTD, next_BT, rows_Sb)
+
+
+def _with_head(f: Callable, params: Params, cfg: ModelConfig, mesh: Mesh | None) -> Callable:
+    """f of the head and of arrays that are the same on all devices, as are its results."""
+
+    def g(*arrays: Any) -> Any:
+        if mesh is None:
+            return f({"lm_head": params["lm_head"]}, *arrays)
+        where = ({"lm_head": partitions(params, cfg, mesh)["lm_head"]}, *(WHOLE_ARRAY for _ in arrays))
+        spread = jax.shard_map(f, mesh=mesh, in_specs=where, out_specs=WHOLE_ARRAY, check_vma=False)
+        return spread({"lm_head": params["lm_head"]}, *arrays)
+
+    return g
+
+
+def _ops(rows_Sb: Array | None, B: int, cfg: ModelConfig) -> Ops:
+    return ON_ONE_DEVICE if rows_Sb is None else sharded_ops(rows_Sb, B, cfg.vocab_size)
 
 
 def _compute(
-    cfg: ModelConfig, T: int, J: int, scored: bool, params: Params, cache_LPGX: Array, tokens_R: Array, flat_BI: Array,
+    cfg: ModelConfig, T: int, J: int, params: Params, cache_LPGX: Array, tokens_R: Array, flat_BI: Array,
     rows_Sb: Array | None,
-) -> tuple[Computed, Array]:  # fmt: skip
-    ops = ON_ONE_DEVICE if rows_Sb is None else sharded_ops(rows_Sb, len(flat_BI), cfg.vocab_size)
+) -> tuple[Computed, Array, Array]:  # fmt: skip
     n_columns = len(WHOLE) + len(BITS)
     start_B, length_B, feed_B, drafted_B, _ = flat_BI.T[: len(WHOLE)]
     tokens_BT, pages_BP = flat_BI[:, n_columns : n_columns + T], flat_BI[:, n_columns + T :]
     fed_B = jnp.where(feed_B >= 0, tokens_R[jnp.maximum(feed_B, 0)], tokens_BT[:, 0])
     tokens_BT = tokens_BT.at[:, 0].set(fed_B)
+    ops = _ops(rows_Sb, len(flat_BI), cfg)
     x_BTD, cache_LPGX = forward(params, cfg, cache_LPGX, tokens_BT, start_B, length_B, pages_BP, ops)
     drafts_BJ = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))[:, :J]  # drafts follow a row's one known token
     x_BJD = after(x_BTD, length_B - 1 - drafted_B, J)
-    return Computed(x_BJD, drafts_BJ, flat_BI[:, :n_columns], x_BTD if scored else None), cache_LPGX
+    return Computed(x_BJD, drafts_BJ, flat_BI[:, :n_columns]), x_BTD, cache_LPGX
 
 
 def _choose(
     cfg: ModelConfig, n: int, params: Params, tokens_R: Array, computed: Computed, rows_Sb: Array | None,
-    extras: Extras, next_BT: Array | None,
-) -> tuple[Running, Array]:  # fmt: skip
-    x_BJD, drafts_BJ, columns_BI, x_BTD = computed
+    extras: Extras,
+) -> tuple[Sampled, Array]:  # fmt: skip
+    x_BJD, drafts_BJ, columns_BI = computed
     B = len(x_BJD)
-    ops = ON_ONE_DEVICE if rows_Sb is None else sharded_ops(rows_Sb, B, cfg.vocab_size)
+    ops = _ops(rows_Sb, B, cfg)
     start_B, length_B, _, drafted_B, top_k_B = columns_BI.T[: len(WHOLE)]
     seed_B, *real = columns_BI.T[len(WHOLE) :]
     temperature_B, top_p_B, min_p_B, *penalties = (lax.bitcast_convert_type(a, jnp.float32) for a in real)
@@ -202,8 +229,7 @@ def _choose(
     at_B = start_B + length_B - drafted_B
     at_B, drafts_BJ, drafted_B, sampling, extras = ops.share((at_B, drafts_BJ, drafted_B, sampling, extras))
     sampled = ops.gathered(sample(ops.head(params, x_BJD), at_B, drafts_BJ, drafted_B, sampling, extras, n), B)
-    scored = None if x_BTD is None or next_BT is None else _scores(params, x_BTD, next_BT, n, ops)
-    return Running(sampled, scored), tokens_R.at[:B].set(sampled.tokens_BJ[:, 0])
+    return sampled, tokens_R.at[:B].set(sampled.tokens_BJ[:, 0])
 
 
 def _scores(params: Params, x_BTD: Array, next_BT: Array, n: int, ops: Ops) -> tuple[Array, Array, Array]:
