@@ -69,6 +69,7 @@ class Limits:
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
+        """Of a decode step."""
         return sizes(1, self.max_rows)
 
     @cached_property
@@ -84,6 +85,15 @@ class Limits:
     def rows_of_width(self, T: int) -> int:
         """The most rows of a step whose rows have ``T`` tokens."""
         return max(size for size in self.rows if size * T <= self.step_tokens)
+
+    def chunk_rows(self, T: int) -> tuple[int, ...]:
+        """Of a prefill step with chunks of ``T`` tokens: few sizes, each is a program of its own."""
+        return sizes(1, self.rows_of_width(T), 4)
+
+    @cached_property
+    def lists(self) -> tuple[int, ...]:
+        """Tokens with penalties or a bias of their own, per row."""
+        return sizes(64, max(self.vocab_size, 64), 16)
 
     @cached_property
     def page_tables(self) -> tuple[int, ...]:

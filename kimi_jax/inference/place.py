@@ -32,7 +32,9 @@ def padded_specs(cfg: ModelConfig, n: int) -> Specs:
 
 
 def partitions(params: Params, cfg: ModelConfig, mesh: Mesh) -> Any:
-    """A PartitionSpec for every array of weights as they are served; a scale for all of an axis is on all devices."""
+    """A PartitionSpec for every array of weights as they are served, or of some of the model's parts; a scale for all
+    of an axis is on all devices."""
+    parts = padded_specs(cfg, mesh.shape[AXIS])
 
     def one(spec: ParamSpec, w: Any) -> Any:
         axes = partition(spec, mesh, SERVE)
@@ -40,4 +42,4 @@ def partitions(params: Params, cfg: ModelConfig, mesh: Mesh) -> Any:
             lambda a: PartitionSpec(*(x if n > 1 else None for x, n in zip(axes, a.shape, strict=True))), w
         )
 
-    return jax.tree.map(one, padded_specs(cfg, mesh.shape[AXIS]), params, is_leaf=is_spec)
+    return jax.tree.map(one, {name: parts[name] for name in params}, params, is_leaf=is_spec)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kimi_jax.inference.limits import Limits, padded, sizes
+from kimi_jax.inference.limits import Limits, padded
 from kimi_jax.inference.request import GREEDY_BELOW, MAX_LOGPROBS, Logprob
 from kimi_jax.inference.sequence import Sequence
 
@@ -88,13 +88,13 @@ def _read(own_T: np.ndarray, tokens_Tn: np.ndarray, logprobs_Tn: np.ndarray, n: 
     return [Logprob(own, tuple(zip(tokens, found, strict=True))) for own, tokens, found in rows]
 
 
-Lists = np.ndarray | None
+Extra = np.ndarray | None
 _NEUTRAL = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
 def pack(rows: Many[Row], limits: Limits, T: int, J: int) -> StepPlan:
-    """The arrays of a step of ``rows``, each of up to ``T`` tokens."""
-    B = padded(len(rows), limits.rows)
+    """The arrays of a step of ``rows`` of up to ``T`` tokens, of which ``J`` are sampled: all (decode), or one."""
+    B = padded(len(rows), limits.rows if T == J else limits.chunk_rows(T))
     tokens_BT = np.zeros((B, T), np.int32)
     n_pages = [limits.pages_for(row.start + len(row.tokens)) for row in rows]
     pages_BP = np.zeros((B, padded(max(n_pages), limits.page_tables)), np.int32)
@@ -117,8 +117,8 @@ def pack(rows: Many[Row], limits: Limits, T: int, J: int) -> StepPlan:
     asked = [max(s.logprobs or 0, s.prompt_logprobs or 0) for s in (row.sequence.request.sampling for row in rows)]
     return StepPlan(
         tokens_BT, start_B, length_B, pages_BP, _by_shard(rows, B, limits), feed_B, drafted_B, seed_B, temperature_B,
-        top_k_B, top_p_B, min_p_B, repetition_B, presence_B, frequency_B, *_lists(rows, B, limits),
-        _masks(rows, B, J, limits), _next(rows, B, T), J, MAX_LOGPROBS if any(asked) else 0,
+        top_k_B, top_p_B, min_p_B, repetition_B, presence_B, frequency_B, *_extras(rows, B, J, limits),
+        _next(rows, B, T), J, MAX_LOGPROBS if any(asked) else 0,
     )  # fmt: skip
 
 
@@ -134,29 +134,24 @@ def _by_shard(rows: Many[Row], B: int, limits: Limits) -> np.ndarray | None:
     return rows_Sb
 
 
-def _lists(rows: Many[Row], B: int, limits: Limits) -> tuple[Lists, Lists, Lists, Lists]:
-    """Tokens seen and how often, tokens with a bias and theirs, all of one width, or none: programs are few."""
-    maps = [(row.sequence.seen, row.sequence.request.sampling.logit_bias) if row.samples else ({}, {}) for row in rows]
-    longest = max(len(found) for pair in maps for found in pair)
-    if not longest:
-        return None, None, None, None
-    U = padded(longest, sizes(16, max(limits.vocab_size, 16), 8))
+def _extras(rows: Many[Row], B: int, J: int, limits: Limits) -> tuple[Extra, Extra, Extra, Extra, Extra]:
+    """Tokens seen and how often, tokens with a bias and theirs, masks: all if any row needs one, programs are few."""
+    sampling = {i: row.sequence for i, row in enumerate(rows) if row.samples}
+    maps = {i: (sequence.seen, sequence.request.sampling.logit_bias) for i, sequence in sampling.items()}
+    masks = {i: sequence.mask for i, sequence in sampling.items() if sequence.mask is not None}
+    longest = max((len(found) for pair in maps.values() for found in pair), default=0)
+    if not longest and not masks:
+        return None, None, None, None, None
+    U = padded(longest, limits.lists)
     keys_2BU, values_2BU = np.full((2, B, U), limits.vocab_size, np.int32), np.zeros((2, B, U), np.float32)
-    for i, pair in enumerate(maps):
+    for i, pair in maps.items():
         for k, found in enumerate(pair):
             keys_2BU[k, i, : len(found)] = list(found.keys())
             values_2BU[k, i, : len(found)] = list(found.values())
-    return keys_2BU[0], values_2BU[0].astype(np.int32), keys_2BU[1], values_2BU[1]
-
-
-def _masks(rows: Many[Row], B: int, J: int, limits: Limits) -> np.ndarray | None:
-    masks = {i: row.sequence.mask for i, row in enumerate(rows) if row.samples and row.sequence.mask is not None}
-    if not masks:
-        return None
     grammar_BJw = np.full((B, J, -(-limits.vocab_size // 32)), -1, np.int32).view(np.uint32)
     for i, mask in masks.items():
         grammar_BJw[i] = mask
-    return grammar_BJw
+    return keys_2BU[0], values_2BU[0].astype(np.int32), keys_2BU[1], values_2BU[1], grammar_BJw
 
 
 def _next(rows: Many[Row], B: int, T: int) -> np.ndarray | None:

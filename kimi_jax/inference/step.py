@@ -139,8 +139,9 @@ def _step(
 ) -> tuple[Running, State]:
     (T, J, n), (cache_LPGX, tokens_R), rows_Sb, next_BT = shape, state, given.rows_Sb, given.next_BT
     computed, x_BTD, cache_LPGX = compute(params, cache_LPGX, tokens_R, given.flat_BI, rows_Sb, cfg, mesh, T, J)
-    sampled, tokens_R = choose(params, tokens_R, computed, rows_Sb, given.extras, cfg, mesh, n)
-    scored = None if next_BT is None else score(params, x_BTD, next_BT, rows_Sb, cfg, mesh, n)
+    head = {"lm_head": params["lm_head"]}  # the host hands over every array of it
+    sampled, tokens_R = choose(head, tokens_R, computed, rows_Sb, given.extras, cfg, mesh, n)
+    scored = None if next_BT is None else score(head, x_BTD, next_BT, rows_Sb, cfg, mesh, n)
     return Running(sampled, scored), State(cache_LPGX, tokens_R)
 
 
@@ -160,16 +161,16 @@ def compute(
 
 @partial(jax.jit, static_argnames=("cfg", "mesh", "n_logprobs"), donate_argnames="tokens_R")
 def choose(
-    params: Params, tokens_R: Array, computed: Computed, rows_Sb: Array | None, extras: Extras, cfg: ModelConfig,
+    head: Params, tokens_R: Array, computed: Computed, rows_Sb: Array | None, extras: Extras, cfg: ModelConfig,
     mesh: Mesh | None, n_logprobs: int,
 ) -> tuple[Sampled, Array]:  # fmt: skip
     """Tokens, and ``tokens_R`` for the next step."""
-    return _with_head(partial(_choose, cfg, n_logprobs), params, cfg, mesh)(tokens_R, computed, rows_Sb, extras)
+    return _spread(partial(_choose, cfg, n_logprobs), cfg, mesh)(head, tokens_R, computed, rows_Sb, extras)
 
 
 @partial(jax.jit, static_argnames=("cfg", "mesh", "n_logprobs"))
 def score(
-    params: Params, x_BTD: Array, next_BT: Array, rows_Sb: Array | None, cfg: ModelConfig, mesh: Mesh | None,
+    head: Params, x_BTD: Array, next_BT: Array, rows_Sb: Array | None, cfg: ModelConfig, mesh: Mesh | None,
     n_logprobs: int,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Log softmax at ``next`` after every token, and the n most likely."""
@@ -177,18 +178,17 @@ def score(
     def scores(params: Params, x_BTD: Array, next_BT: Array, rows_Sb: Array | None) -> tuple[Array, Array, Array]:
         return _scores(params, x_BTD, next_BT, n_logprobs, _ops(rows_Sb, len(next_BT), cfg))
 
-    return _with_head(scores, params, cfg, mesh)(x_BTD, next_BT, rows_Sb)
+    return _spread(scores, cfg, mesh)(head, x_BTD, next_BT, rows_Sb)
 
 
-def _with_head(f: Callable, params: Params, cfg: ModelConfig, mesh: Mesh | None) -> Callable:
-    """f of the head and of arrays that are the same on all devices, as are its results."""
+def _spread(f: Callable, cfg: ModelConfig, mesh: Mesh | None) -> Callable:
+    """f of weights as they lie on the mesh, and of arrays that are the same on all devices, as are its results."""
 
-    def g(*arrays: Any) -> Any:
+    def g(params: Params, *arrays: Any) -> Any:
         if mesh is None:
-            return f({"lm_head": params["lm_head"]}, *arrays)
-        where = ({"lm_head": partitions(params, cfg, mesh)["lm_head"]}, *(WHOLE_ARRAY for _ in arrays))
-        spread = jax.shard_map(f, mesh=mesh, in_specs=where, out_specs=WHOLE_ARRAY, check_vma=False)
-        return spread({"lm_head": params["lm_head"]}, *arrays)
+            return f(params, *arrays)
+        where = partitions(params, cfg, mesh), *(WHOLE_ARRAY for _ in arrays)
+        return jax.shard_map(f, mesh=mesh, in_specs=where, out_specs=WHOLE_ARRAY, check_vma=False)(params, *arrays)
 
     return g
 

@@ -24,7 +24,6 @@ from kimi_jax.layers.linear import product, weight_gradient
 from kimi_jax.layers.mlp import swiglu
 
 LADDER = (1, 2, 4, 6, 8, 10, 12)  # in units of about an eighth of the mean load
-FEW = 8  # rows whose products with bf16 weights are the faster in f32: the same numbers, without packed copies
 
 
 class Pieces(NamedTuple):
@@ -68,8 +67,7 @@ class Piece(NamedTuple):
     def times(self, spec: str, x: Array, name: str) -> Array:
         """``product`` of rows with one of the expert's matrices."""
         w = jax.tree.map(partial(lax.dynamic_index_in_dim, index=self.expert, keepdims=False), self.weights[name])
-        dtype = jnp.float32 if len(x) <= FEW else x.dtype
-        return product(spec, x.astype(dtype), w.astype(dtype))
+        return product(spec, x, w.astype(x.dtype))
 
     def products(self, f: Callable, *rows: Array):
         """f of the first n rows each, n the smallest size that holds the piece; its results padded to all rows."""

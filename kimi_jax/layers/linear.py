@@ -15,6 +15,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from kimi_jax.dims import Array
 
+FEW = 8  # rows of a product
+LARGE, WIDEST, AT_ONCE = 2**20, 2**16, 8  # of such: the size of a large matrix, sums in the cache, its rows at a time
+
 
 class Split(NamedTuple):
     """How products with weights of which every device has a part come to be whole."""
@@ -28,9 +31,49 @@ UNSPLIT = Split()
 
 def product(spec: str, x: Array, y: Array) -> Array:
     """``jnp.einsum(spec, x, y)`` accumulated and returned in f32; f32 operands are multiplied in full precision."""
-    if x.dtype == jnp.bfloat16 and spec != _plain(spec):
-        return lax.platform_dependent(x, y, cpu=partial(_plain_product, spec), default=partial(_einsum, spec))
+    if x.dtype == jnp.bfloat16 and (spec != _plain(spec) or _few_rows(spec, x)):
+        on_cpu = _f32_product if _few_rows(spec, x) else _plain_product
+        return lax.platform_dependent(x, y, cpu=partial(on_cpu, spec), default=partial(_einsum, spec))
     return _einsum(spec, x, y)
+
+
+def _few_rows(spec: str, x: Array) -> bool:
+    """Whether reading ``y`` is all the work there is."""
+    mine = _axes(spec)[1]
+    return math.prod(n for axis, n in zip(spec.split(",")[0], x.shape, strict=True) if axis in mine) <= FEW
+
+
+def _f32_product(spec: str, x: Array, y: Array) -> Array:
+    """The same numbers; XLA:CPU makes one copy of ``y`` at most, and none if it is large."""
+    (x_axes, y_axes, out), (batch, mine, other, summed) = re.split(",|->", spec), _axes(spec)
+    x_first, y_first = f"{batch}{mine}{summed}", batch + "".join(axis for axis in y_axes if axis not in batch)
+    x = jnp.einsum(f"{x_axes}->{x_first}", x.astype(jnp.float32))
+    if y.ndim == 2 and y_axes == summed + other and y.size > LARGE and y.shape[0] % AT_ONCE == 0:
+        found = _sum_of_rows(x.reshape(-1, x.shape[-1]), y).reshape(*x.shape[:-1], -1)
+    else:
+        y = jnp.einsum(f"{y_axes}->{y_first}", y.astype(jnp.float32))
+        y = lax.optimization_barrier(y) if y_first != y_axes else y  # else in an order that takes four times as long
+        found = _einsum(f"{x_first},{y_first}->{batch}{mine}{other}", x, y)
+    return jnp.einsum(f"{batch}{mine}{other}->{out}", found)
+
+
+def _sum_of_rows(x_MD: Array, y_DV: Array) -> Array:
+    """y's rows times x's columns, summed in one pass over ``y``; the sums, so many columns at a time, stay in cache."""
+    (M, D), V = x_MD.shape, y_DV.shape[1]
+    n = min(V, WIDEST // M)
+
+    def columns(c: Array, out_MV: Array) -> Array:
+        def rows(r: Array, sum_Mn: Array) -> Array:
+            x_Ma = lax.dynamic_slice_in_dim(x_MD, r * AT_ONCE, AT_ONCE, axis=1)
+            y_an = lax.dynamic_slice(y_DV, (r * AT_ONCE, c * n), (AT_ONCE, n)).astype(jnp.float32)
+            for i in range(AT_ONCE):
+                sum_Mn += x_Ma[:, i : i + 1] * y_an[i]
+            return sum_Mn
+
+        sum_Mn = lax.fori_loop(0, D // AT_ONCE, rows, jnp.zeros((M, n)))
+        return lax.dynamic_update_slice(out_MV, sum_Mn, (0, c * n))  # the last columns start where they fit
+
+    return lax.fori_loop(0, -(-V // n), columns, jnp.zeros((M, V)))
 
 
 def _einsum(spec: str, x: Array, y: Array) -> Array:

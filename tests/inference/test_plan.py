@@ -76,7 +76,7 @@ def test_only_rows_that_sample_have_parameters():
     assert (last.temperature_B[0], last.top_k_B[0], last.presence_B[0], last.n_logprobs) == (0.5, 3, 0.5, 20)
     assert last.seen_BU is not None and last.times_BU is not None
     assert last.biased_BU is not None and last.bias_BU is not None and last.grammar_BJw is not None
-    assert last.seen_BU[0].tolist() == [4, 6] + [70] * 14 and last.times_BU[0, :3].tolist() == [2, 1, 0]
+    assert last.seen_BU[0].tolist() == [4, 6] + [70] * 62 and last.times_BU[0, :3].tolist() == [2, 1, 0]
     assert last.biased_BU[0, :2].tolist() == [3, 70] and last.bias_BU[0, :2].tolist() == [2, 0]
     assert last.grammar_BJw.tolist() == [[[0x55555555, 0x55555555, 0x15]]]
 
@@ -86,6 +86,14 @@ def test_a_row_without_a_grammar_may_sample_anything():
     plan = pack(rows, LIMITS, T=3, J=3)
     assert plan.grammar_BJw is not None and plan.grammar_BJw.shape == (2, 3, 3)
     assert (plan.grammar_BJw[0, 0] == [0x55555555, 0x55555555, 0x15]).all() and (plan.grammar_BJw[1] == 2**32 - 1).all()
+    assert plan.seen_BU is not None and (plan.seen_BU == 70).all() and not plan.bias_BU.any()
+
+
+def test_prefill_has_fewer_sizes_than_decode():
+    for n, decoded, prefilled in ((1, 1, 1), (2, 2, 4), (4, 4, 4), (5, 8, 8), (8, 8, 8)):
+        limits, made = dataclasses.replace(LIMITS, max_rows=8, step_tokens=128), [sequence([1, 2, 3, 4])] * n
+        assert pack([Row(one, 0, [0]) for one in made], limits, T=1, J=1).tokens_BT.shape == (decoded, 1)
+        assert pack([Row(one, 0, [0] * 9) for one in made], limits, T=16, J=1).tokens_BT.shape == (prefilled, 16)
 
 
 def test_a_temperature_too_small_for_f32_is_greedy():

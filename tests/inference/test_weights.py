@@ -109,7 +109,7 @@ def test_what_is_not_quantised():
     assert router["weight"].dtype == CFG.param_dtype and router["bias"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize("format", [pytest.param("fp8", marks=pytest.mark.slow), "int8"])
 def test_the_forward_pass_runs_on_them(format):
     served = serving_params(abstract(F32, format), F32, format, held(random_params()))
     plain = jax.tree.map(lambda w: w.astype(jnp.float32), served, is_leaf=is_quantised)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kimi_jax.layers import linear
 from kimi_jax.layers.linear import contract, product, transposed, weight_gradient
 
 SIZES = dict(B=2, T=5, S=6, N=3, M=7, D=10, Q=9, C=8, X=11, H=4, W=6, F=13, V=17)
@@ -81,9 +82,22 @@ def test_weight_gradient_is_not_rounded(spec, dtype):
 
 @pytest.mark.parametrize("sizes", [{}, dict(B=1), dict(T=1), dict(S=1), dict(N=1), dict(B=1, T=1), dict(B=8, T=1)])
 @pytest.mark.parametrize("spec", ["BTNC,BSC->BNTS", "BNTS,BSC->BNTC", "BNTS,BSC->BTNC", "BTNH,CNH->BTNC", "BST,SB->TB"])
-def test_every_order_of_axes_runs_in_bfloat16(spec, sizes, monkeypatch):
+@pytest.mark.parametrize("few", [0, linear.FEW])
+def test_every_order_of_axes_runs_in_bfloat16(spec, sizes, few, monkeypatch):
+    monkeypatch.setattr(linear, "FEW", few)
     for axis, size in sizes.items():
         monkeypatch.setitem(SIZES, axis, size)
+    x, y = (operand(axes, i) for i, axes in enumerate(spec.split("->")[0].split(",")))
+    ours = jax.jit(lambda x, y: product(spec, x, y))(jnp.asarray(x, jnp.bfloat16), jnp.asarray(y, jnp.bfloat16))
+    assert_close(ours, np.einsum(spec, x, y), jnp.float32)
+
+
+@pytest.mark.parametrize("widest", [6, 30, 60, 1000])
+@pytest.mark.parametrize("spec", ["BTD,DV->BTV", "MF,FD->MD", "BTQ,QNX->BTNX", "MD,VD->MV"])
+def test_a_few_rows_meet_a_large_matrix_part_by_part(spec, widest, monkeypatch):
+    for name, value in (("LARGE", 1), ("WIDEST", widest), ("AT_ONCE", 2)):
+        monkeypatch.setattr(linear, name, value)
+    monkeypatch.setitem(SIZES, "T", 3)
     x, y = (operand(axes, i) for i, axes in enumerate(spec.split("->")[0].split(",")))
     ours = jax.jit(lambda x, y: product(spec, x, y))(jnp.asarray(x, jnp.bfloat16), jnp.asarray(y, jnp.bfloat16))
     assert_close(ours, np.einsum(spec, x, y), jnp.float32)

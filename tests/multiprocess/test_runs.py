@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from tests.multiprocess.processes import STEPS, Launch, losses, params, records, write_config
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +59,14 @@ def chain(config, tmp_path_factory) -> Chain:
     return Chain(killed, seconds, stopped, finished)
 
 
+@pytest.mark.slow
 def test_when_one_is_killed_the_other_ends_and_says_why(chain):
     assert chain.killed.processes[0].returncode == 1
     assert "process 1 (" in chain.killed.last_line(0) and ") died at step " in chain.killed.last_line(0)
     assert chain.seconds < 60
 
 
+@pytest.mark.slow
 def test_when_one_is_told_to_stop_both_stop_after_the_same_step(chain):
     said = [chain.stopped.said(i) for i in range(2)]
     assert [process.returncode for process in chain.stopped.processes] == [0, 0], said
@@ -72,6 +77,7 @@ def test_when_one_is_told_to_stop_both_stop_after_the_same_step(chain):
     assert f"after step {step}" in chain.finished.said(0)
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_one_process(chain, alone):
     assert chain.finished.processes[0].returncode == 0, chain.finished.said(0)
     assert_same_run(chain.finished.workdir, alone)
@@ -88,14 +94,14 @@ def assert_same_run(workdir: Path, alone: Path) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params(workdir), params(alone))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "devices", "mesh"),
     [
-        (2, 4, ["--config.mesh.expert=4"]),
-        (2, 4, ["--config.mesh.context=8"]),  # both processes hold every row
-        (4, 2, ["--config.mesh.fsdp=4", "--config.mesh.tensor=2"]),
-        (4, 2, ["--config.mesh.expert=2", "--config.mesh.context=4"]),
+        (2, 2, ["--config.mesh.expert=2"]),
+        slow(2, 4, ["--config.mesh.expert=4"]),
+        slow(2, 4, ["--config.mesh.context=8"]),  # both processes hold every row
+        slow(4, 2, ["--config.mesh.fsdp=4", "--config.mesh.tensor=2"]),
+        slow(4, 2, ["--config.mesh.expert=2", "--config.mesh.context=4"]),
     ],
 )
 def test_every_mesh_gives_the_run_of_one_device(config, alone, tmp_path, processes, devices, mesh):

@@ -50,6 +50,7 @@ def start(folder: Path, what: str, processes: int, *arguments: str) -> list[subp
     return found
 
 
+@pytest.mark.slow
 def test_a_batch_is_answered_as_by_one(folder):
     for processes, to in ((1, "one.jsonl"), (2, "two.jsonl")):
         files = ("--batch", str(folder / "prompts.jsonl"), "--output", str(folder / to))

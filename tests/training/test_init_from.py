@@ -56,6 +56,7 @@ def test_another_shape_is_refused(folder, tmp_path):
         Run(load_config(folder / "config.py", deeper), tmp_path)._begin()
 
 
+@pytest.mark.slow
 def test_a_run_starts_and_resumes(folder, tmp_path):
     """The weights are where a run starts, not where it resumes; generation reads what was converted."""
     command = [sys.executable, "-m", "kimi_jax.train", "--config", folder / "config.py", "--workdir", tmp_path]

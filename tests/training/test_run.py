@@ -99,6 +99,7 @@ def test_kill_and_resume_gives_the_same_losses(config, uninterrupted, tmp_path):
     assert losses(tmp_path) == expected, f"killed after steps {moments}"
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_resume(config, uninterrupted, tmp_path):
     process = subprocess.Popen(command(config, tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     wait_for_step(process, tmp_path, 6)
@@ -134,6 +135,7 @@ def test_non_finite_loss_stops_and_names_the_place(config, tmp_path):
     assert "step" in message and "batch" in message and "last good checkpoint" in message
 
 
+@pytest.mark.slow
 def test_non_finite_loss_can_be_skipped(config, tmp_path):
     done = train(config, tmp_path, "--config.optimizer.learning_rate=1e30", "--config.nonfinite=skip",
                  "--config.steps=8")  # fmt: skip
