@@ -93,16 +93,16 @@ def serve(args: argparse.Namespace) -> None:
 
 
 async def one_stream(port: int, i: int, tokens: int) -> tuple[int, float]:
-    """How many chunks had text, and the seconds to the first."""
+    """How many characters came, one a token, and the seconds to the first."""
     body = json.dumps({**BODY, "messages": messages(i), "max_tokens": tokens}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
     began, first, count = time.perf_counter(), 0.0, 0
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(head.encode() + body)
     while line := await reader.readline():
-        if line.startswith(b"data: ") and b'"content":"' in line and b'"content":""' not in line:
+        if line.startswith(b"data: {") and b'"content":"' in line and b'"content":""' not in line:
             first = first or time.perf_counter() - began
-            count += 1
+            count += len(json.loads(line[6:])["choices"][0]["delta"]["content"])
     writer.close()
     assert count == tokens, f"stream {i}: {count} of {tokens} tokens"
     return count, first
