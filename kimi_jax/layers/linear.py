@@ -15,8 +15,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from kimi_jax.dims import Array
 
-FEW = 8  # rows of a product
-LARGE, WIDEST, AT_ONCE = 2**20, 2**16, 8  # of such: the size of a large matrix, sums in the cache, its rows at a time
+FEW = 8  # rows of a product on CPU: reading the other operand is then all the work there is
+LARGE, WIDEST, AT_ONCE = 2**20, 2**16, 8  # numbers in a large matrix, sums in the cache, rows of it at a time
 
 
 class Split(NamedTuple):
@@ -31,14 +31,14 @@ UNSPLIT = Split()
 
 def product(spec: str, x: Array, y: Array) -> Array:
     """``jnp.einsum(spec, x, y)`` accumulated and returned in f32; f32 operands are multiplied in full precision."""
-    if x.dtype == jnp.bfloat16 and (spec != _plain(spec) or _few_rows(spec, x)):
-        on_cpu = _f32_product if _few_rows(spec, x) else _plain_product
+    few = _few_rows(spec, x)
+    if x.dtype == jnp.bfloat16 and (few or spec != _plain(spec)):
+        on_cpu = _f32_product if few else _plain_product
         return lax.platform_dependent(x, y, cpu=partial(on_cpu, spec), default=partial(_einsum, spec))
     return _einsum(spec, x, y)
 
 
 def _few_rows(spec: str, x: Array) -> bool:
-    """Whether reading ``y`` is all the work there is."""
     mine = _axes(spec)[1]
     return math.prod(n for axis, n in zip(spec.split(",")[0], x.shape, strict=True) if axis in mine) <= FEW
 
