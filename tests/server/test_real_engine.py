@@ -12,6 +12,7 @@ from kimi_jax.inference.engine import Engine
 from kimi_jax.inference.limits import Limits
 from kimi_jax.server.engine_thread import EngineThread
 from tests.inference.tiny import CFG, parameters
+from tests.server.schemas import SCHEMAS
 
 PARAMETERS = {
     "type": "object",
@@ -80,6 +81,51 @@ def test_forced_calls_of_random_weights_validate(server):
         request = {**ask("hi"), **forced, "temperature": 1, "seed": seed, "max_tokens": 600}
         (call,) = client.chat.completions.create(**request).choices[0].message.tool_calls
         jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+
+
+@pytest.mark.slow
+def test_what_is_asked_with_a_schema_validates(server):
+    """Every schema as ``json_schema`` and as a forced tool's, streamed and not, unless the limit cuts it off."""
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", timeout=600)
+    ends = {str(ord(c)): 6 for c in '"]}'}  # random weights else seldom end a string or a list
+    at_once = asyncio.Semaphore(32)
+
+    async def one(schema, forced, stream):
+        part = {key: value for key, value in schema.items() if key in ("$defs", "definitions", "$id")}
+        if forced:
+            inner = {key: value for key, value in schema.items() if key not in part}
+            schema = {"type": "object", "properties": {"value": inner}, "required": ["value"], **part}
+            tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+            what = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+        else:
+            form = {"name": "x", "schema": schema, "strict": True}
+            what = {"response_format": {"type": "json_schema", "json_schema": form}}
+        request = {**ask("hi"), **what, "temperature": 1, "seed": 1, "max_tokens": 400, "logit_bias": ends}
+        async with at_once:
+            if stream:
+                chunks = await client.chat.completions.create(**request, stream=True)
+                choices = [choice async for chunk in chunks for choice in chunk.choices]
+                calls = [call for choice in choices for call in choice.delta.tool_calls or []]
+                text = "".join(choice.delta.content or "" for choice in choices)
+                reason = choices[-1].finish_reason
+            else:
+                (choice,) = (await client.chat.completions.create(**request)).choices
+                calls, text = choice.message.tool_calls or [], choice.message.content
+                reason = choice.finish_reason
+        if reason == "length":
+            return False
+        text = "".join(call.function.arguments or "" for call in calls) if forced else text
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+        return True
+
+    async def run():
+        roots = [s for s in SCHEMAS if s.get("$ref") == "#" or '{"$ref": "#"}' in json.dumps(s)]  # else the wrapper
+        kinds = [(s, forced, stream) for s in SCHEMAS for forced in (False, True) for stream in (False, True)]
+        asked = [one(*kind) for kind in kinds if not (kind[1] and kind[0] in roots)]
+        return await asyncio.gather(*asked)
+
+    found = asyncio.run(run())
+    assert sum(found) > 0.9 * len(found), f"{sum(found)} of {len(found)} ended"
 
 
 @pytest.mark.slow
