@@ -39,23 +39,31 @@ def route(p: Params, cfg: ModelConfig, x_BTD: Array, split: Split = UNSPLIT) -> 
         "BTD,DE->BTE",
         x_BTD.astype(jnp.float32),
         p["weight"].astype(jnp.float32),
-        precision=lax.Precision.HIGHEST,
+        precision=lax.Precision.HIGHEST if x_BTD.dtype == jnp.float32 else lax.Precision.HIGH,  # of a bf16 x: 16 bits
     )
     scores_BTE = jax.nn.sigmoid(split.whole(logits_BTE, cfg.n_routed_experts))
     _, experts_BTK = lax.top_k(lax.stop_gradient(scores_BTE + p["bias"]), cfg.num_experts_per_tok)
-    weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
+    weights_BTK = _of_chosen(scores_BTE, experts_BTK)
     if cfg.norm_topk_prob:
         weights_BTK /= jnp.sum(weights_BTK, axis=-1, keepdims=True) + 1e-20
     return Routing(experts_BTK, weights_BTK * cfg.routed_scaling_factor, scores_BTE)
 
 
+@jax.checkpoint
+def _of_chosen(scores_BTE: Array, experts_BTK: Array) -> Array:
+    """``take_along_axis``, by comparison: the gradient of a gather is a scatter, for which XLA:TPU sorts."""
+    return jnp.sum(jnp.where(_chosen(experts_BTK, scores_BTE.shape[-1]), scores_BTE[..., None, :], 0), axis=-1)
+
+
+def _chosen(experts_BTK: Array, E: int) -> Array:
+    """Whether a choice is an expert, [B, T, K, E]; never in memory, as all that is done with it is a sum."""
+    return experts_BTK[..., None] == jnp.arange(E)
+
+
 def loads(routing: Routing, valid_BT: Array) -> Array:
     """How many valid tokens of each sequence go to each expert, [B, E] f32."""
-    B = len(valid_BT)
-    E = routing.scores_BTE.shape[-1]
-    per_row_BTK = routing.experts_BTK + E * jnp.arange(B)[:, None, None]
-    counts = jnp.zeros(B * E, jnp.float32).at[per_row_BTK].add(valid_BT[..., None].astype(jnp.float32))
-    return counts.reshape(B, E)
+    chosen_BTKE = _chosen(routing.experts_BTK, routing.scores_BTE.shape[-1])
+    return jnp.sum(chosen_BTKE & valid_BT[..., None, None], axis=(1, 2), dtype=jnp.float32)
 
 
 def sequence_balance_loss(routing: Routing, load_BE: Array, valid_BT: Array) -> Array:

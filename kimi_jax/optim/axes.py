@@ -89,6 +89,15 @@ def _by_axes(path: str, leaf: Array, axes: Axes, split_fused: bool) -> Layout:
     return Layout(MATRIX, stack, rows, parts, axes)
 
 
+def alike(layouts: list[Layout], leaves: list[Array]) -> list[tuple[Layout, list[int]]]:
+    """Which leaves can be taken as one: those with one matrix a layer, of the same shape and with the same axes."""
+    found: dict[Any, list[int]] = {}
+    for i, (layout, leaf) in enumerate(zip(layouts, leaves, strict=True)):
+        one_a_layer = layout.stack == 1 and layout.axes[:1] == (LAYERS,)
+        found.setdefault((layout, leaf.shape[1:]) if one_a_layer else i, []).append(i)
+    return [(layouts[members[0]], members) for members in found.values()]
+
+
 def matrices(x: Array, layout: Layout) -> list[Array]:
     """The leaf as stacks of matrices [stack axes, n, m]: one stack, or one per part."""
     pieces = jnp.split(x, _cuts(layout), axis=-1) if layout.parts else [x]

@@ -98,14 +98,17 @@ def muon_clip(
     ``tau``: QK-Clip's threshold; ``None`` turns it off. Under gradient accumulation S is the maximum over microbatches.
     """
 
-    def matrix_update(grad: Array, buffer: Array, layout: Layout) -> Array:
-        direction = momentum * buffer + grad if nesterov else buffer
-        return orthogonalise(direction, layout, rms, ns_steps, ns_dtype)
+    def matrix_updates(grads: list[Array], buffers: list[Array], layout: Layout) -> list[Array]:
+        directions = [momentum * b + g if nesterov else b for g, b in zip(grads, buffers, strict=True)]
+        if len(directions) == 1:
+            return [orthogonalise(directions[0], layout, rms, ns_steps, ns_dtype)]
+        ends = [sum(len(d) for d in directions[: i + 1]) for i in range(len(directions) - 1)]
+        return jnp.split(orthogonalise(jnp.concatenate(directions), layout, rms, ns_steps, ns_dtype), ends)
 
     return _transform(
         learning_rate,
         lambda params: matrix_axes.layouts(params, axes, split_fused),
-        matrix_update,
+        matrix_updates,
         momentum=momentum,
         momentum_dtype=momentum_dtype,
         weight_decay=weight_decay,
@@ -151,7 +154,7 @@ def adamw(
 def _transform(
     learning_rate: LearningRate,
     layouts: Callable[[Any], Any],
-    matrix_update: Callable[[Array, Array, Layout], Array] | None,
+    matrix_updates: Callable[[list[Array], list[Array], Layout], list[Array]] | None,
     *,
     momentum: float,
     momentum_dtype: Any | None,
@@ -196,43 +199,52 @@ def _transform(
         def decayed(direction: Array, p: Array) -> Array:
             return -lr * (direction + weight_decay * p)
 
-        def muon(layout: Layout, grad: Array, first: Array, p: Array) -> tuple[Array, Array]:
-            def step(grad: Array, first: Array, p: Array) -> tuple[Array, Array]:
-                assert matrix_update is not None
-                total = momentum * first.astype(jnp.float32) + grad
-                return decayed(matrix_update(grad, total, layout), p), total.astype(first.dtype)
+        def muon(layout: Layout, *columns: list[Array]) -> list[tuple[Array, ...]]:
+            """Steps and momenta of leaves whose matrices are taken as one stack."""
+
+            def steps(grads: list[Array], firsts: list[Array], ps: list[Array]) -> list[tuple[Array, Array]]:
+                assert matrix_updates is not None
+                totals = [momentum * m.astype(jnp.float32) + g for g, m in zip(grads, firsts, strict=True)]
+                found = zip(matrix_updates(grads, totals, layout), ps, totals, firsts, strict=True)
+                return [(decayed(o, p), total.astype(first.dtype)) for o, p, total, first in found]
 
             if layout.stack < 2:
-                return step(grad, first, p)
-            grad = grad.astype(jnp.promote_types(grad.dtype, p.dtype))
-            in_place_of_grad, first = by_pieces(step, (grad, first), (p,))
-            return in_place_of_grad, first
+                return list(steps(*columns))
+            (grad,), (first,), (p,) = columns
+            grad = grad.astype(jnp.promote_types(grad.dtype, p.dtype))  # the steps take its place
+            return [by_pieces(lambda *leaf: steps(*([x] for x in leaf))[0], (grad, first), (p,))]
 
-        def one(path, layout: Layout, grad: Array, p: Array, first, second):
-            if layout.kind == FROZEN:
-                return jnp.zeros_like(p), first, second
-            if layout.kind == MATRIX:
-                step, first = muon(layout, grad, first, p)
-            else:
-                grad = grad.astype(first.dtype)
-                first = b1 * first + (1 - b1) * grad
-                second = b2 * second + (1 - b2) * jnp.square(grad)
-                m_hat, v_hat = first / (1 - b1**count), second / (1 - b2**count)
-                step = decayed(m_hat / (jnp.sqrt(v_hat) + eps), p)
+        def adam(grad: Array, first: Array, p: Array, second: Array) -> tuple[Array, Array, Array]:
+            grad = grad.astype(first.dtype)
+            first = b1 * first + (1 - b1) * grad
+            second = b2 * second + (1 - b2) * jnp.square(grad)
+            m_hat, v_hat = first / (1 - b1**count), second / (1 - b2**count)
+            return decayed(m_hat / (jnp.sqrt(v_hat) + eps), p), first, second
+
+        def clipped_step(path, step: Array, p: Array) -> Array:
             key = jax.tree_util.keystr(path)
             if key in leaves:
                 step = lax.optimization_barrier(step)  # no fused multiply-add with p that the clip would prevent
                 if g_LN is not None:
                     step = qk_clip.scaled_update(step, p, g_LN, leaves[key])
-            return step.astype(p.dtype), first, second
+            return step.astype(p.dtype)
 
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
-        columns = [tree.flatten_up_to(t) for t in (layouts(params), grads, state.momentum, state.second)]
-        results = [
-            one(path, layout, grad, p, first, second)
-            for (path, p), layout, grad, first, second in zip(flat, *columns, strict=True)
-        ]
-        updates, first, second = (jax.tree.unflatten(tree, column) for column in zip(*results, strict=True))
+        paths, ps = zip(*flat, strict=True)
+        kinds, gs, firsts, seconds = (
+            tree.flatten_up_to(t) for t in (layouts(params), grads, state.momentum, state.second)
+        )
+        steps = [jnp.zeros_like(p) for p in ps]
+        for layout, members in matrix_axes.alike(kinds, gs):
+            if layout.kind == MATRIX:
+                found = muon(layout, *([column[i] for i in members] for column in (gs, firsts, ps)))
+                for i, (step, first) in zip(members, found, strict=True):
+                    steps[i], firsts[i] = step, first
+            elif layout.kind == ELEMENTWISE:
+                for i in members:
+                    steps[i], firsts[i], seconds[i] = adam(gs[i], firsts[i], ps[i], seconds[i])
+        updates = [clipped_step(*of) for of in zip(paths, steps, ps, strict=True)]
+        updates, first, second = (jax.tree.unflatten(tree, column) for column in (updates, firsts, seconds))
         return updates, MuonClipState(count, first, second, ever_clipped)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

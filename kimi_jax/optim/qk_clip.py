@@ -8,7 +8,7 @@ The shared rotary key and the values are not touched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from kimi_jax.dims import HEADS, LAYERS, Array, Fused, is_axes
 
-EXPONENTS: Mapping[str, float] = {"nope": 0.5, "rope": 1.0}  # of g, by the name of the part; others stay
+SCALES: Mapping[str, Callable[[Array], Array]] = {"nope": jnp.sqrt, "rope": lambda g: g}  # by part; others stay
 
 
 class Clipped(NamedTuple):
@@ -32,7 +32,7 @@ class Clipped(NamedTuple):
 def clipped_leaves(axes: Any, params: Any) -> tuple[dict[str, Clipped], tuple[int, int]]:
     """Which leaves QK-Clip acts on, by path, and the shape [L, N] of ``max_logits``.
 
-    A leaf counts if its axes end with HEADS and a ``Fused`` axis that has a part named in EXPONENTS. Leaves with the
+    A leaf counts if its axes end with HEADS and a ``Fused`` axis that has a part named in SCALES. Leaves with the
     same parent belong to the same attention layers. Rows follow the order in which the parents occur in the tree.
     """
     found: dict[str, Clipped] = {}
@@ -43,7 +43,7 @@ def clipped_leaves(axes: Any, params: Any) -> tuple[dict[str, Clipped], tuple[in
         last = names[-1] if names else None
         if len(names) < 2 or names[-2] != HEADS or not isinstance(last, Fused):
             continue
-        if not any(part in EXPONENTS for part, _ in last.parts):
+        if not any(part in SCALES for part, _ in last.parts):
             continue
         parent, stacked = jax.tree_util.keystr(path[:-1]), names[0] == LAYERS
         n_layers = leaf.shape[0] if stacked else 1
@@ -66,8 +66,8 @@ def clip_factors(max_logits_LN: Array, tau: float) -> Array:
 def scaled_update(update: Array, param: Array, g_LN: Array, leaf: Clipped) -> Array:
     """The update that also applies the clip: (p + u) s - p for clipped heads, ``u`` itself, bit for bit, elsewhere."""
     g_LN = g_LN[leaf.first : leaf.first + leaf.n_layers]
-    exponents_X = jnp.concatenate([jnp.full(size, EXPONENTS.get(name, 0.0)) for name, size in leaf.parts])
-    scale_LNX = g_LN[..., None] ** exponents_X
+    of_parts = [(SCALES.get(name, jnp.ones_like)(g_LN), size) for name, size in leaf.parts]
+    scale_LNX = jnp.concatenate([jnp.broadcast_to(s[..., None], (*s.shape, size)) for s, size in of_parts], axis=-1)
     between = param.ndim - 2 - leaf.stacked
     lead = (leaf.n_layers,) if leaf.stacked else ()
     scale = scale_LNX.reshape(*lead, *(1,) * between, *scale_LNX.shape[1:])

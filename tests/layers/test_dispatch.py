@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from kimi_jax.layers.dispatch import combine, sort_assignments, sum_copies
+from kimi_jax.layers.dispatch import FEW, combine, sort_assignments, sum_copies
 
 M, K, E, D = 11, 3, 6, 4
 RNG = np.random.default_rng(0)
 EXPERTS = np.stack([RNG.permutation(E - 1)[:K] for _ in range(M)])  # nobody chooses the last one
 
 
-def test_order():
-    order = sort_assignments(jnp.asarray(EXPERTS), E)
-    order_A, inverse_MK = np.asarray(order.order_A), np.asarray(order.inverse_MK)
-    assert sorted(order_A) == list(range(M * K))
-    assert (np.diff(EXPERTS.reshape(-1)[order_A]) >= 0).all()
-    np.testing.assert_array_equal(order_A[inverse_MK], np.arange(M * K).reshape(M, K))
-    np.testing.assert_array_equal(order.sizes_E, [(EXPERTS == e).sum() for e in range(E)])
+@pytest.mark.parametrize("n_experts", [E, FEW + 1], ids=["counted", "sorted"])
+@pytest.mark.parametrize("n_none", [0, 7])
+def test_order(n_experts, n_none):
+    experts = RNG.integers(n_experts - 1, size=(M, K))  # nobody chooses the last one
+    experts.reshape(-1)[RNG.permutation(M * K)[:n_none]] = n_experts
+    order = sort_assignments(jnp.asarray(experts), n_experts)
+    expected_A = np.argsort(experts.reshape(-1), kind="stable")
+    np.testing.assert_array_equal(order.order_A, expected_A)
+    np.testing.assert_array_equal(expected_A[np.asarray(order.inverse_MK)], np.arange(M * K).reshape(M, K))
+    np.testing.assert_array_equal(order.sizes_E, [(experts == e).sum() for e in range(n_experts)])
+
+
+def test_more_assignments_than_can_be_sorted():
+    with pytest.raises(ValueError, match="fewer tokens"):
+        jax.eval_shape(lambda e: sort_assignments(e, 1000), jax.ShapeDtypeStruct((2**20, 8), jnp.int32))
 
 
 def test_sum_copies():
