@@ -35,11 +35,12 @@ def specs(cfg: ModelConfig) -> Specs:
 
 
 def route(p: Params, cfg: ModelConfig, x_BTD: Array, split: Split = UNSPLIT) -> Routing:
+    exact = x_BTD.dtype == jnp.float32  # bf16 has 8 bits: then 16 of the weights are enough
     logits_BTE = jnp.einsum(
         "BTD,DE->BTE",
         x_BTD.astype(jnp.float32),
         p["weight"].astype(jnp.float32),
-        precision=lax.Precision.HIGHEST if x_BTD.dtype == jnp.float32 else lax.Precision.HIGH,  # of a bf16 x: 16 bits
+        precision=lax.Precision.HIGHEST if exact else lax.Precision.HIGH,
     )
     scores_BTE = jax.nn.sigmoid(split.whole(logits_BTE, cfg.n_routed_experts))
     _, experts_BTK = lax.top_k(lax.stop_gradient(scores_BTE + p["bias"]), cfg.num_experts_per_tok)
