@@ -94,7 +94,8 @@ def muon_clip(
     is clipped.
     ``momentum_dtype``: of the momentum of matrices as it is kept; ``None`` means that of the parameter.
     ``split_fused``: orthogonalise each part of a ``Fused`` axis as its own matrix.
-    ``orthogonalise``: takes the place of ``orthogonalised``, for matrices that lie spread over devices.
+    ``orthogonalise``: takes the place of ``orthogonalised``, for matrices that lie spread over devices; leaves that are
+    ``alike`` come as one.
     ``tau``: QK-Clip's threshold; ``None`` turns it off. Under gradient accumulation S is the maximum over microbatches.
     """
 
@@ -202,14 +203,14 @@ def _transform(
         def muon(layout: Layout, *columns: list[Array]) -> list[tuple[Array, ...]]:
             """Steps and momenta of leaves whose matrices are taken as one stack."""
 
-            def steps(grads: list[Array], firsts: list[Array], ps: list[Array]) -> list[tuple[Array, Array]]:
+            def steps(grads: list[Array], firsts: list[Array], ps: list[Array]) -> list[tuple[Array, ...]]:
                 assert matrix_updates is not None
                 totals = [momentum * m.astype(jnp.float32) + g for g, m in zip(grads, firsts, strict=True)]
                 found = zip(matrix_updates(grads, totals, layout), ps, totals, firsts, strict=True)
                 return [(decayed(o, p), total.astype(first.dtype)) for o, p, total, first in found]
 
             if layout.stack < 2:
-                return list(steps(*columns))
+                return steps(*columns)
             (grad,), (first,), (p,) = columns
             grad = grad.astype(jnp.promote_types(grad.dtype, p.dtype))  # the steps take its place
             return [by_pieces(lambda *leaf: steps(*([x] for x in leaf))[0], (grad, first), (p,))]
