@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kimi_jax.dims import Array
+from kimi_jax.sharding.mesh import AXES
 
 AXIS = "expert"
 
@@ -62,6 +63,7 @@ class Way(NamedTuple):
         [int, int], int
     ]  # R for A assignments per device and J devices: a balanced routing takes one round
     rounds: Callable[[Counts, int], Array]  # until the busiest device has everything
+    together: tuple[str, ...] = AXES[1:]  # along these axes all take equally many rounds
 
 
 class Windows(NamedTuple):
@@ -164,7 +166,8 @@ def _place_rounds(counts: Counts, R: int) -> Array:
 WAYS: dict[str, Way] = {
     "padded": Way(_places(_all_places), _place_rows, _place_rounds),  # everywhere
     "ragged": Way(_windows, _window_rows, _window_rounds),  # v5p, v6e and tpu7x; not v5e, not XLA:CPU
-    "ring": Way(_places(_around), _place_rows, _place_rounds),  # where the devices of the axis form a ring
+    # Where the devices of the axis form a ring. A permutation is one program of all devices: all are in it together.
+    "ring": Way(_places(_around), _place_rows, _place_rounds, AXES),
 }
 
 

@@ -22,36 +22,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Array, Params
 from kimi_jax.layers.dispatch import Order, combine, sort_assignments, sum_copies
-from kimi_jax.layers.experts import BLOCKED, RAGGED, Path
+from kimi_jax.layers.experts import BLOCKED, Path
 from kimi_jax.sharding.exchange import WAYS, Counts, Journey, Way, counts
 from kimi_jax.sharding.fp8_rows import Fp8Rows, compressed, restored
-from kimi_jax.sharding.mesh import AXES, GATHERED, TOKENS
+from kimi_jax.sharding.mesh import GATHERED, tokens
 from kimi_jax.sharding.rules import split
 
 TOKENS_AT_ONCE = 8192  # on a device: what travels and is computed at once, and so the memory it takes
 WIDTH_AXIS = {"gate": 1, "up": 1, "down": 2}  # which axis of an expert stack is the model dimension
 
 
-def expert_parallel(mesh: Mesh, way: str = "padded", fp8: bool = False) -> Callable:
-    """What takes the place of ``layers.experts.run`` on ``mesh``, with one of ``exchange.WAYS`` to send rows.
+def expert_parallel(
+    mesh: Mesh | AbstractMesh, way: str = "padded", path: Path = BLOCKED, fp8: bool = False
+) -> Callable:
+    """What takes the place of ``layers.experts.run`` on ``mesh``: one of ``exchange.WAYS`` to send rows, and what
+    multiplies them where they arrive.
 
     ``fp8``: tokens and gradients of outputs travel to the experts in eight bits (``fp8_rows``), results as they are.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def run(p: Params, cfg: ModelConfig, x_BTD: Array, weights_BTK: Array, experts_BTK: Array) -> Array:
         over_D = split(x_BTD.shape[-1], GATHERED, mesh)
         wide, narrow = PartitionSpec("expert", over_D, "tensor"), PartitionSpec("expert", "tensor", over_D)
         local = jax.shard_map(
-            partial(_local, _Spread(WAYS[way], BLOCKED if on_cpu else RAGGED, fp8, over_D)),
+            partial(_local, _Spread(WAYS[way], path, fp8, over_D)),
             mesh=mesh,
-            in_specs=({"gate": wide, "up": wide, "down": narrow}, TOKENS, TOKENS, TOKENS),
-            out_specs=TOKENS,
+            in_specs=({"gate": wide, "up": wide, "down": narrow}, *(tokens(mesh),) * 3),
+            out_specs=tokens(mesh),
             check_vma=False,
         )
         return local(p, x_BTD, weights_BTK, experts_BTK)
@@ -92,7 +94,7 @@ class _Spread:
         order = sort_assignments(experts_MK, E)
         everyones = counts(order.sizes_E)
         R = self.way.buffer(experts_MK.size, len(everyones.device_IJ))
-        return order, everyones, R, lax.pmax(self.way.rounds(everyones, R), AXES)  # the same number everywhere
+        return order, everyones, R, lax.pmax(self.way.rounds(everyones, R), self.way.together)
 
 
 def _local(spread: _Spread, p: Params, x_BTD: Array, weights_BTK: Array, experts_BTK: Array) -> Array:

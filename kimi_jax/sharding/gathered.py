@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.dims import EXPERTS, Array, Params, ParamSpec, Specs, is_spec
 from kimi_jax.sharding.rules import TRAIN, partition
@@ -24,7 +24,7 @@ from kimi_jax.sharding.rules import TRAIN, partition
 THEIR_USERS_DO = (EXPERTS, "kv_lora")  # gather them: the first axis of weights of expert_parallel, parallel_attention
 
 
-def gathered(mesh: Mesh) -> Callable[[Params, Specs, Any], Params]:
+def gathered(mesh: Mesh | AbstractMesh) -> Callable[[Params, Specs, Any], Params]:
     """What takes the place of ``layers.block.as_they_are`` on ``mesh``."""
 
     def gather(p: Params, specs: Specs, dtype: Any) -> Params:

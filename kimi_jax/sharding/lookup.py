@@ -15,14 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from kimi_jax.dims import VOCAB, Array
-from kimi_jax.sharding.mesh import TOKENS
+from kimi_jax.sharding.mesh import tokens
 from kimi_jax.sharding.rules import TRAIN, split
 
 
-def parallel_lookup(mesh: Mesh) -> Callable[[Array, Array, Any], Array]:
+def parallel_lookup(mesh: Mesh | AbstractMesh) -> Callable[[Array, Array, Any], Array]:
     """What takes the place of ``model.lookup`` on ``mesh``."""
 
     def lookup(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
@@ -35,7 +35,9 @@ def parallel_lookup(mesh: Mesh) -> Callable[[Array, Array, Any], Array]:
             slices_JMD = lax.all_to_all(lax.psum(rows_JMD, "tensor"), over_D, 0, 0)
             return jnp.moveaxis(slices_JMD, 0, 1).reshape(*tokens_BT.shape, -1)
 
-        spread = jax.shard_map(local, mesh=mesh, in_specs=(table, TOKENS), out_specs=TOKENS, check_vma=False)
+        spread = jax.shard_map(
+            local, mesh=mesh, in_specs=(table, tokens(mesh)), out_specs=tokens(mesh), check_vma=False
+        )
         return spread(table_VD, tokens_BT)
 
     return lookup

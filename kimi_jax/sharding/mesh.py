@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from kimi_jax.errors import UserError
 
@@ -39,6 +39,16 @@ AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 BATCH = ("data", "fsdp", "expert")  # the axes over which the sequences of a batch are split
 GATHERED = ("fsdp", "context")  # the axes that split weights which are gathered where they are used
 TOKENS = PartitionSpec(BATCH, "context")  # of everything that is [B, T, ...]
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes of ``BATCH`` that split what is at hand: inside one copy of the model (``copies``), not "data"."""
+    return tuple(axis for axis in BATCH if axis not in mesh.manual_axes)
+
+
+def tokens(mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Of everything that is [B, T, ...], in an operation on ``mesh``."""
+    return PartitionSpec(batch_axes(mesh), "context")
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any]) -> Mesh:

@@ -14,21 +14,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Array
 from kimi_jax.layers.mla import attend_expanded
 from kimi_jax.sharding.gathered import whole_weight
-from kimi_jax.sharding.mesh import BATCH, TOKENS
+from kimi_jax.sharding.mesh import batch_axes, tokens
 from kimi_jax.sharding.rules import TRAIN, split
 
-HEADS_OF_TOKENS = PartitionSpec(BATCH, "context", "tensor")
-HEADS_OF_SEQUENCES = PartitionSpec(BATCH, "tensor")
 
-
-def parallel_attention(mesh: Mesh, attention: Callable) -> Callable:
+def parallel_attention(mesh: Mesh | AbstractMesh, attention: Callable) -> Callable:
     """What takes the place of ``layers.mla.expanded_attention`` on ``mesh``, by ``attention`` on each device."""
+    of_tokens = tokens(mesh)
+    heads_of_tokens = PartitionSpec(*of_tokens, "tensor")
+    heads_of_sequences = PartitionSpec(batch_axes(mesh), "tensor")
 
     def attend(
         kv_b: Array, cfg: ModelConfig, q_BTNX: Array, c_BTC: Array, k_rope_BTR: Array, segment_ids_BT: Array
@@ -37,8 +37,8 @@ def parallel_attention(mesh: Mesh, attention: Callable) -> Callable:
         local = jax.shard_map(
             partial(_local, attention, cfg, mesh.shape["context"], over_C),
             mesh=mesh,
-            in_specs=(PartitionSpec(over_C, "tensor"), HEADS_OF_TOKENS, TOKENS, TOKENS, TOKENS),
-            out_specs=(HEADS_OF_TOKENS, HEADS_OF_SEQUENCES),
+            in_specs=(PartitionSpec(over_C, "tensor"), heads_of_tokens, of_tokens, of_tokens, of_tokens),
+            out_specs=(heads_of_tokens, heads_of_sequences),
             check_vma=False,
         )
         return local(kv_b, q_BTNX, c_BTC, k_rope_BTR, segment_ids_BT)

@@ -35,12 +35,12 @@ SERVE: Rules = dict.fromkeys(
 
 
 def split(size: int, axes: Sequence[str], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """Which of the mesh axes ``axes`` split a dimension of ``size``: all, unless that would be all devices of the mesh.
+    """Which of the mesh axes ``axes`` split a dimension of ``size``: all, unless that would be a whole copy's devices.
 
     XLA:TPU turns what is gathered from every device of a slice, or scattered to it, into a reduction of twice the
     bytes; so the largest of the axes is taken alone there.
     """
-    if len(axes) < 2 or _devices(mesh, axes) < mesh.size:
+    if len(axes) < 2 or _devices(mesh, axes) < mesh.size // mesh.shape.get("data", 1):
         return tuple(axes)
     return (max(axes, key=lambda axis: (size % mesh.shape[axis] == 0, mesh.shape[axis])),)
 

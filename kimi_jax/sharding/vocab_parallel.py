@@ -17,11 +17,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from kimi_jax.dims import VOCAB, Array
 from kimi_jax.layers.linear import product, weight_gradient
-from kimi_jax.sharding.mesh import BATCH, TOKENS
+from kimi_jax.sharding.mesh import batch_axes, tokens
 from kimi_jax.sharding.rules import TRAIN, split
 
 Axes = tuple[str, ...]
@@ -30,16 +30,17 @@ WHOLE = PartitionSpec()
 CHUNK_ELEMENTS = 2**25  # logits held at once, at most
 
 
-def vocab_parallel(mesh: Mesh) -> Callable[[Array, Array, Array, Array], Array]:
+def vocab_parallel(mesh: Mesh | AbstractMesh) -> Callable[[Array, Array, Array, Array], Array]:
     """What takes the place of ``training.loss.cross_entropy`` on ``mesh``."""
+    of_tokens = tokens(mesh)
+    over_tokens = (*batch_axes(mesh), "context")
 
     def spread(f: Callable, head_DV: Array, out_specs: Callable) -> Callable:
         over_D = split(head_DV.shape[0], TRAIN["embed"], mesh)
         head = PartitionSpec(over_D, TRAIN[VOCAB])
-        in_specs = (TOKENS, head, TOKENS, TOKENS)
-        return jax.shard_map(
-            partial(f, over_D), mesh=mesh, in_specs=in_specs, out_specs=out_specs(head), check_vma=False
-        )
+        in_specs = (of_tokens, head, of_tokens, of_tokens)
+        local = partial(f, over_D, over_tokens)
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs(head), check_vma=False)
 
     @jax.custom_vjp
     def cross_entropy(x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array) -> Array:
@@ -47,7 +48,7 @@ def vocab_parallel(mesh: Mesh) -> Callable[[Array, Array, Array, Array], Array]:
         return loss(x_BTD, head_DV, targets_BT, weights_BT)
 
     def forward(x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array):
-        loss_and_gradients = spread(_loss_and_gradients, head_DV, lambda head: (WHOLE, TOKENS, head))
+        loss_and_gradients = spread(_loss_and_gradients, head_DV, lambda head: (WHOLE, of_tokens, head))
         total, dx_BTD, dhead_DV = loss_and_gradients(x_BTD, head_DV, targets_BT, weights_BT)
         return total, (dx_BTD, dhead_DV)
 
@@ -71,7 +72,9 @@ def _logits(over_D: Axes, x_MD: Array, head_DV: Array, chunk: Array, n: int) -> 
     return product("MD,DV->MV", x_MD, whole_DV), whole_DV, lax.axis_index("tensor") * V + chunk * (V // n)
 
 
-def _loss(over_D: Axes, x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array) -> tuple[Array, Array]:
+def _loss(
+    over_D: Axes, over_tokens: Axes, x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array
+) -> tuple[Array, Array]:
     """The loss of all tokens, and log sum exp of this device's own."""
     x_MD, targets_M, weights_M = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
     n = _chunks(targets_M.size, head_DV.shape[1])
@@ -91,11 +94,13 @@ def _loss(over_D: Axes, x_BTD: Array, head_DV: Array, targets_BT: Array, weights
     overall_M = lax.pmax(max_M, "tensor")
     lse_M = overall_M + jnp.log(lax.psum(sum_M * jnp.exp(max_M - overall_M), "tensor"))
     each_M = weights_M * (lse_M - lax.psum(target_M, "tensor"))
-    return lax.psum(jnp.sum(jnp.where(weights_M > 0, each_M, 0)), (*BATCH, "context")), lse_M
+    return lax.psum(jnp.sum(jnp.where(weights_M > 0, each_M, 0)), over_tokens), lse_M
 
 
-def _loss_and_gradients(over_D: Axes, x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array):
-    total, lse_M = _loss(over_D, x_BTD, head_DV, targets_BT, weights_BT)
+def _loss_and_gradients(
+    over_D: Axes, over_tokens: Axes, x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array
+):
+    total, lse_M = _loss(over_D, over_tokens, x_BTD, head_DV, targets_BT, weights_BT)
     x_MD, targets_M, weights_M1 = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1, 1)
     n = _chunks(targets_M.size, head_DV.shape[1])
 
@@ -111,5 +116,5 @@ def _loss_and_gradients(over_D: Axes, x_BTD: Array, head_DV: Array, targets_BT: 
     dx_MD, dhead_nDV = lax.scan(step, jnp.zeros(x_MD.shape, jnp.float32), jnp.arange(n))
     dx_BTD = lax.psum(dx_MD, "tensor").astype(x_BTD.dtype).reshape(x_BTD.shape)
     dhead_DV = jnp.moveaxis(dhead_nDV, 0, 1).reshape(head_DV.shape)
-    others = tuple(axis for axis in (*BATCH, "context") if axis not in over_D)
+    others = tuple(axis for axis in over_tokens if axis not in over_D)
     return total, dx_BTD, lax.psum(dhead_DV, others).astype(head_DV.dtype)

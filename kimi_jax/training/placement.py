@@ -18,7 +18,9 @@ from kimi_jax.errors import UserError
 from kimi_jax.kernels.splash import splash_attention
 from kimi_jax.layers import block
 from kimi_jax.layers.attention import attention
+from kimi_jax.layers.experts import BLOCKED, RAGGED
 from kimi_jax.model import Ops, specs
+from kimi_jax.sharding import copies
 from kimi_jax.sharding.exchange import way_for
 from kimi_jax.sharding.expert_parallel import expert_parallel
 from kimi_jax.sharding.gathered import gathered
@@ -29,7 +31,7 @@ from kimi_jax.sharding.parallel_newton_schulz import parallel_orthogonalised
 from kimi_jax.sharding.rules import TRAIN, shardings
 from kimi_jax.sharding.vocab_parallel import vocab_parallel
 from kimi_jax.training.config import TrainConfig
-from kimi_jax.training.step import ON_ONE_DEVICE, StepOps, TrainState, init_state, train_step
+from kimi_jax.training.step import ON_ONE_DEVICE, Copies, StepOps, TrainState, init_state, train_step
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,17 @@ def placement(cfg: TrainConfig, devices: Sequence[Any]) -> Placement:
 
 
 def _spread(cfg: TrainConfig, mesh: Mesh, device: Any, params: Any) -> StepOps:
-    attend = parallel_attention(mesh, splash_attention if device.platform == "tpu" else attention)
-    in_blocks = block.Ops(gathered(mesh), attend, expert_parallel(mesh, way_for(device), fp8=cfg.dispatch == "fp8"))
+    copy, on_tpu = copies.inside(mesh), device.platform == "tpu"
+    attend = parallel_attention(copy, splash_attention if on_tpu else attention)
+    experts = expert_parallel(copy, way_for(device), RAGGED if on_tpu else BLOCKED, fp8=cfg.dispatch == "fp8")
+    in_copy = jax.tree.map(lambda s: NamedSharding(copy, s.spec), params)
+    several = Copies(partial(copies.run, mesh), copies.total, copies.largest)
     return StepOps(
-        Ops(in_blocks, parallel_lookup(mesh)),
-        vocab_parallel(mesh),
+        Ops(block.Ops(gathered(copy), attend, experts), parallel_lookup(copy)),
+        vocab_parallel(copy),
         parallel_orthogonalised(mesh),
-        partial(jax.lax.with_sharding_constraint, shardings=params),
+        partial(jax.lax.with_sharding_constraint, shardings=in_copy),
+        several if mesh.shape["data"] > 1 else Copies(),
     )
 
 

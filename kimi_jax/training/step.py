@@ -3,7 +3,8 @@
     loss = (cross-entropy of all weighted tokens) / (their total weight) + alpha * balance loss
 
 Gradients are summed over microbatches, loads too; attention maxima are maximised. On several devices the batch is
-sharded, so each of these runs over all of them. Then: clip the norm, MuonClip, update the router's selection bias.
+sharded, so each of these runs over all of them; copies of the model (``Copies``) add up their own first. Then: clip
+the norm, MuonClip, update the router's selection bias.
 A non-finite loss or gradient leaves the state as it was.
 """
 
@@ -27,6 +28,14 @@ from kimi_jax.training.config import TrainConfig
 from kimi_jax.training.loss import cross_entropy
 
 
+class Copies(NamedTuple):
+    """Copies of the model, each with its own part of the batch. Here: the only one."""
+
+    run: Callable = lambda f, params, batch, whole: f(params, batch, whole)  # f in every copy; whole: the same in all
+    total: Callable = lambda x: x  # in f: the sum over copies
+    largest: Callable = lambda x: x
+
+
 class StepOps(NamedTuple):
     """The computations of a step that a mesh does in ways of its own."""
 
@@ -34,6 +43,7 @@ class StepOps(NamedTuple):
     cross_entropy: Callable = cross_entropy
     orthogonalise: Callable = orthogonalised
     place: Callable = lambda params: params  # says that a tree like the parameters lies where they do
+    copies: Copies = Copies()
 
 
 ON_ONE_DEVICE = StepOps()
@@ -59,8 +69,19 @@ class Metrics(NamedTuple):
     load_LE: Array
 
 
+class Whole(NamedTuple):
+    """Of a global batch, by which its parts are divided."""
+
+    weight: Array
+    sequences: Array  # that are not empty
+
+    @classmethod
+    def of(cls, batch: Batch) -> Whole:
+        return cls(jnp.maximum(jnp.sum(batch.weights), 1.0), jnp.maximum(_sequences(batch), 1.0))
+
+
 class Sums(NamedTuple):
-    """What is collected over microbatches."""
+    """What is collected over microbatches and copies."""
 
     loss: Array
     balance_loss: Array
@@ -107,26 +128,39 @@ def init_state(cfg: TrainConfig, given: Params | None = None) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer(cfg).init(params))
 
 
-def microbatch_sums(
-    cfg: TrainConfig, params: Params, batch: Batch, total_weight: Array, ops: StepOps = ON_ONE_DEVICE
-) -> Sums:
+def microbatch_sums(cfg: TrainConfig, params: Params, batch: Batch, whole: Whole, ops: StepOps = ON_ONE_DEVICE) -> Sums:
     """Loss, gradients and statistics of one microbatch, scaled so that their sums are the global batch's."""
+    share = _sequences(batch) / whole.sequences
 
     def loss(params: Params):
         x_BTD, stats = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids, ops.model)
-        nll = ops.cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights) / total_weight
-        balance = stats.balance_loss / cfg.accumulation
+        nll = ops.cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights) / whole.weight
+        balance = stats.balance_loss * share
         return nll + cfg.balance_loss_weight * balance, (nll, balance, stats)
 
     grads, (nll, balance, stats) = jax.grad(loss, has_aux=True)(params)
     return Sums(nll, balance, ops.place(grads), stats.load_LE, stats.max_logits_LN)
 
 
+def _sequences(batch: Batch) -> Array:
+    return jnp.sum(jnp.any(batch.segment_ids > 0, axis=1), dtype=jnp.float32)
+
+
 def batch_sums(cfg: TrainConfig, params: Params, batch: Batch, ops: StepOps = ON_ONE_DEVICE) -> Sums:
-    """``microbatch_sums`` over all microbatches of a global batch: sums, and the maximum of the logits."""
-    total_weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
+    """``microbatch_sums`` over a global batch: sums, and the maximum of the logits. Copies meet once, at the end."""
+
+    def of_a_copy(params: Params, batch: Batch, whole: Whole) -> Sums:
+        sums = _copy_sums(cfg, params, batch, whole, ops)
+        added = jax.tree.map(ops.copies.total, sums)
+        return added._replace(max_logits_LN=ops.copies.largest(sums.max_logits_LN))
+
+    return ops.copies.run(of_a_copy, params, batch, Whole.of(batch))
+
+
+def _copy_sums(cfg: TrainConfig, params: Params, batch: Batch, whole: Whole, ops: StepOps) -> Sums:
+    """Over the microbatches of one copy of the model."""
     n = cfg.accumulation
-    sums = partial(microbatch_sums, cfg, params, total_weight=total_weight, ops=ops)
+    sums = partial(microbatch_sums, cfg, params, whole=whole, ops=ops)
     if n == 1:
         return sums(batch)
     micro = jax.tree.map(lambda a: a.reshape(-1, n, *a.shape[1:]).swapaxes(0, 1), batch)
@@ -186,5 +220,9 @@ def _with_new_bias(params: Params, load_LE: Array, rate: float) -> Params:
 
 def eval_step(cfg: TrainConfig, params: Params, batch: Batch, ops: StepOps = ON_ONE_DEVICE) -> Array:
     """The summed cross-entropy of a batch, in nats."""
-    x_BTD, _ = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids, ops.model)
-    return ops.cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights)
+
+    def of_a_copy(params: Params, batch: Batch, _) -> Array:
+        x_BTD, _ = hidden_states(cfg.model, params, batch.tokens, batch.positions, batch.segment_ids, ops.model)
+        return ops.copies.total(ops.cross_entropy(x_BTD, params["lm_head"], batch.targets, batch.weights))
+
+    return ops.copies.run(of_a_copy, params, batch, None)

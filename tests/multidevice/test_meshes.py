@@ -10,12 +10,10 @@ from functools import partial
 import jax
 import pytest
 
-from kimi_jax.dims import is_spec
-from kimi_jax.model import specs
 from kimi_jax.sharding.mesh import AXES, MeshConfig
 from kimi_jax.training.placement import lowered_step, placement
 from kimi_jax.training.step import train_step
-from tests.multidevice.test_step import a_batch, a_state, assert_same, config
+from tests.multidevice.test_step import a_batch, assert_same, config, mild_state
 
 MESHES = [{axis: 2} for axis in AXES] + [{"fsdp": 2, "expert": 2, "tensor": 2}]
 SLOW = [dict.fromkeys(pair, 2) for pair in itertools.combinations(AXES, 2)] + [{"expert": 8}, {"fsdp": 2, "expert": 4}]
@@ -27,15 +25,6 @@ def divisible(**sizes: int):
     cfg = config("float32")
     model = cfg.model.replace(vocab_size=64, n_routed_experts=8, q_lora_rank=16)
     return dataclasses.replace(cfg, model=model, mesh=MeshConfig(**sizes))
-
-
-def mild_state(cfg):
-    """Weights of half the size: attention is not so sharp that it multiplies the rounding of f32."""
-    state = a_state(cfg)
-    halved = jax.tree.map(
-        lambda spec, w: w if spec.std is None else w / 2, specs(cfg.model), state.params, is_leaf=is_spec
-    )
-    return state._replace(params=halved)
 
 
 @pytest.fixture(scope="module")

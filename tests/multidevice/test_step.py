@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -10,8 +11,9 @@ import numpy as np
 
 from kimi_jax import presets
 from kimi_jax.data.packing import Batch
-from kimi_jax.dims import map_specs
+from kimi_jax.dims import is_spec, map_specs
 from kimi_jax.model import specs
+from kimi_jax.sharding.mesh import MeshConfig
 from kimi_jax.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from kimi_jax.training.placement import placement
 from kimi_jax.training.step import ON_ONE_DEVICE, TrainState, batch_sums, optimizer, train_step
@@ -27,8 +29,8 @@ def config(dtype: str) -> TrainConfig:
     return TrainConfig(model, optimizer=opt, schedule=ScheduleConfig(warmup_steps=0), batch_size=8, seq_len=16)
 
 
-def a_state(cfg: TrainConfig) -> TrainState:
-    rng = np.random.default_rng(0)
+def a_state(cfg: TrainConfig, seed: int = 0) -> TrainState:
+    rng = np.random.default_rng(seed)
 
     def draw(spec):
         if spec.std is None:
@@ -40,6 +42,15 @@ def a_state(cfg: TrainConfig) -> TrainState:
     # Adam's first step is g / (|g| + eps): it would turn the rounding of a gradient near 0 into a step of its own.
     second = jax.tree.map(lambda v: jnp.full_like(v, 1e-6), opt_state.second)
     return TrainState(jnp.asarray(10, jnp.int32), params, opt_state._replace(count=jnp.asarray(10), second=second))
+
+
+def mild_state(cfg: TrainConfig, seed: int = 0) -> TrainState:
+    """Weights of half the size: attention is not so sharp that it multiplies the rounding of its numbers."""
+    state = a_state(cfg, seed)
+    halved = jax.tree.map(
+        lambda spec, w: w if spec.std is None else w / 2, specs(cfg.model), state.params, is_leaf=is_spec
+    )
+    return state._replace(params=halved)
 
 
 def a_batch() -> Batch:
@@ -80,15 +91,26 @@ def test_a_step_on_eight_devices_is_a_step_on_one():
 
 
 def test_gradients_in_bfloat16():
-    """The products that ask for a memory layout are those in bf16: eight devices are as near to f32 as one is."""
-    exact = jax.device_get(
-        jax.jit(partial(batch_sums, config("float32")))(a_state(config("float32")).params, a_batch())
+    """The products that ask for a memory layout are those in bf16: eight devices are as near to f32 as one is.
+
+    Over eight draws, since a near tie may send a token to another expert.
+    """
+    cfg = dataclasses.replace(config("bfloat16"), mesh=MeshConfig(data=2, fsdp=4))
+    place, batch = placement(cfg, jax.devices()), a_batch()
+    split = jax.device_put(batch, place.rows)
+    exactly, on_one, on_eight = (
+        jax.jit(partial(batch_sums, c, ops=ops))
+        for c, ops in ((config("float32"), ON_ONE_DEVICE), (cfg, ON_ONE_DEVICE), (cfg, place.ops))
     )
-    cfg = config("bfloat16")
-    one, eight = on_one_and_on_eight(cfg, partial(batch_sums, cfg), a_state(cfg).params, a_batch())
-    far = [distance(sums.grads, exact.grads) for sums in (one, eight)]
-    assert 0.01 < far[1] < 1.1 * far[0]
-    np.testing.assert_allclose(eight.loss, one.loss, rtol=2e-3)
+    far = []
+    for seed in range(8):
+        params = mild_state(cfg, seed).params
+        exact, one = jax.device_get((exactly(params, batch), on_one(params, batch)))
+        eight = jax.device_get(on_eight(jax.device_put(params, place.state.params), split))
+        far.append([distance(sums.grads, exact.grads) for sums in (one, eight)])
+        np.testing.assert_allclose(eight.loss, one.loss, rtol=2e-3)
+    of_one, of_eight = np.sqrt(np.mean(np.square(far), axis=0))
+    assert 0.01 < of_eight < 1.1 * of_one
 
 
 def distance(grads, exact) -> float:

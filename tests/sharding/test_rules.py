@@ -39,11 +39,12 @@ def test_training_splits_every_matrix_and_no_mesh_axis_twice():
     assert partition(ParamSpec((3, 6), ("layers", "embed"), fill=1.0), mesh, TRAIN) == PartitionSpec(None, None)
 
 
-def test_no_matrix_is_split_over_all_devices_by_two_axes():
+def test_no_matrix_is_split_over_all_devices_of_a_copy_by_two_axes():
     """XLA:TPU would reduce it where it ought to gather: the larger axis that divides is taken alone."""
     assert partition(HEAD, AbstractMesh((1, 2, 3, 1, 1), AXES), TRAIN) == PartitionSpec("expert", None)
     assert partition(HEAD, AbstractMesh((1, 2, 4, 1, 1), AXES), TRAIN) == PartitionSpec("fsdp", None)
-    assert partition(HEAD, AbstractMesh((2, 2, 3, 1, 1), AXES), TRAIN) == PartitionSpec(("fsdp", "expert"), None)
+    assert partition(HEAD, AbstractMesh((2, 2, 3, 1, 1), AXES), TRAIN) == PartitionSpec("expert", None)
+    assert partition(HEAD, AbstractMesh((1, 2, 3, 2, 1), AXES), TRAIN) == PartitionSpec(("fsdp", "expert"), "tensor")
 
 
 def test_one_side_of_a_matrix_alone_is_split_by_fsdp_and_expert():
