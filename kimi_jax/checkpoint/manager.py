@@ -153,7 +153,7 @@ def _found(path: paths.AnyPath) -> paths.AnyPath:
 
 def _compare(found: Any, like: Any, where: Path) -> None:
     """One line on the first leaf that is not what the config asks for: nothing is converted, nothing left out."""
-    stored, wanted = _leaves(found), _leaves(like)
+    stored, wanted = leaves(found), leaves(like)
     for name in (*wanted, *stored):
         if name not in stored or name not in wanted:
             fact = f"has no {name}" if name in wanted else f"also holds {name}"
@@ -168,9 +168,12 @@ def _compare(found: Any, like: Any, where: Path) -> None:
                 )
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    def name(path: Any) -> str:
-        return ".".join(str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", p)))) for p in path)
+def leaf_name(path: Any) -> str:
+    """``params.norm`` for a path of ``jax.tree_util``."""
+    return ".".join(str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", p)))) for p in path)
 
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {name(path): leaf for path, leaf in leaves if hasattr(leaf, "shape")}
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """Every array of a tree, or what stands for one, by its name."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {leaf_name(path): leaf for path, leaf in found if hasattr(leaf, "shape")}

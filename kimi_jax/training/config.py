@@ -58,6 +58,22 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class EmergencyConfig:
+    """Copies of the training state between two checkpoints, on the hosts themselves.
+
+    ``folder``: local to each host, such as /dev/shm/kimi or on an SSD; None keeps no copies.
+    ``every``: steps from one copy to the next.
+    """
+
+    folder: str | None = None
+    every: int = 50
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise UserError(f"emergency.every must be at least 1, not {self.every}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     model: ModelConfig
     data: DataConfig = DataConfig()
@@ -65,6 +81,7 @@ class TrainConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     mesh: MeshConfig = MeshConfig()
     pods: PodsConfig = PodsConfig()
+    emergency: EmergencyConfig = EmergencyConfig()
     init_from: str | None = None  # weights to start from: whatever kimi_jax.load reads; None draws new ones
     seed: int = 0
     steps: int = 1000

@@ -42,6 +42,7 @@ from kimi_jax.pods.total import Total
 from kimi_jax.pods.trace import Tracer
 from kimi_jax.training import metrics
 from kimi_jax.training.config import TrainConfig
+from kimi_jax.training.emergency import EmergencyCopies
 from kimi_jax.training.placement import lowered_step, placement, shapes
 from kimi_jax.training.step import Metrics, TrainState, eval_step, init_state
 
@@ -68,6 +69,7 @@ class Run:
         self._total = Total(self._place.mesh)
         self._train_data = TrainData(cfg.data, self.tokenizer, seed=cfg.seed, **sizes)
         self._eval_data = EvalData(cfg.data, self.tokenizer, max_batches=cfg.eval_batches, **sizes)
+        self._copies = self._open_copies()
         _make_writable(workdir)
         self._checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
         self.step = int(broadcast_one_to_all(self._checkpoints.latest() or 0))  # a folder may look older elsewhere
@@ -89,6 +91,7 @@ class Run:
 
     def _train(self) -> None:
         cfg, session, signals = self.cfg, self._session, self._signals
+        saved = self.step  # as a checkpoint: a local copy may be newer
         step_fn = self._begin()
         session.meet("the first step")
         self._eval_fn = jax.jit(partial(eval_step, cfg, ops=self._place.ops))
@@ -98,7 +101,6 @@ class Run:
         self._writer = self._open_writer() if self._reports else None
         self._clock = metrics.Clock()
         unreported: Unreported | None = None
-        saved = self.step
         try:
             while self.step < cfg.steps and not self._must_stop:
                 session.step(self.step + 1)
@@ -109,7 +111,8 @@ class Run:
                 if unreported:  # while this step runs, report the one before
                     self._report(unreported)
                 unreported = Unreported(self.step, found, self._total(*self._count(batch), signals.stop))
-                if self._due(cfg.eval_every) or self._due(cfg.checkpoint_every) or self._must_stop:
+                copying = self._copies is not None and self.step % cfg.emergency.every == 0
+                if self._due(cfg.eval_every) or self._due(cfg.checkpoint_every) or copying or self._must_stop:
                     self._report(unreported)
                     unreported = None
                 if self._due(cfg.eval_every):
@@ -117,6 +120,8 @@ class Run:
                 if self._due(cfg.checkpoint_every):
                     self._save()
                     saved = self.step
+                elif self._copies and copying and not self._must_stop:
+                    self._copies.save(self.step, self.state)
                 if said := tracer.after(found):
                     self._say(said)
             if unreported:
@@ -125,8 +130,12 @@ class Run:
             if saved != self.step:
                 self._save()
             self._checkpoints.wait()
+            if self._copies:
+                self._copies.clear()
         finally:
             tracer.close()
+            if self._copies:
+                self._copies.close()
             if self._writer:
                 self._writer.close()
             self._checkpoints.close()
@@ -156,7 +165,10 @@ class Run:
 
     def _begin(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """Restores the state, or draws it while the step is compiled; returns the compiled step."""
+        resumed = self._copies is not None and self._resumed_from(self._copies)
         self._session.at("the compilation")
+        if resumed:
+            return lowered_step(self.cfg, self._place).compile()
         if self.step:
             state, _ = shapes(self.cfg, self._place)
             self.state, _ = self._checkpoints.restore(self.step, state)
@@ -169,6 +181,22 @@ class Run:
             step_fn = lowered_step(self.cfg, self._place).compile()
         self.state = new.result()
         return step_fn
+
+    def _open_copies(self) -> EmergencyCopies | None:
+        folder = self.cfg.emergency.folder
+        return EmergencyCopies(Path(folder), self.workdir, self._session, self._total) if folder else None
+
+    def _resumed_from(self, copies: EmergencyCopies) -> bool:
+        """Takes the state from the local copies, if they are newer than the last checkpoint and whole."""
+        like, _ = shapes(self.cfg, self._place)
+        found, why = copies.resume(self.step, self.cfg.steps, like)
+        if found:
+            self.step, self.state = found
+            where = f"the local copies in {self.cfg.emergency.folder}"
+            self._say(f"resuming {self.workdir} after step {self.step} from {where}")
+        elif why:
+            self._say(why)
+        return found is not None
 
     def _given_weights(self) -> Params | None:
         path, model = self.cfg.init_from, self.cfg.model
