@@ -53,6 +53,11 @@ def read_history(workdir: Path) -> History | None:
         raise UserError(f"{path} cannot be read ({error}); remove it to go on from the last checkpoint") from error
 
 
+def forget(workdir: Path) -> None:
+    """A start that keeps no copies makes those of earlier ones void: it may go another way, past their steps."""
+    (workdir / FOLDER / HISTORY).unlink(missing_ok=True)
+
+
 class Exchange:
     """One start's folder in the shared workdir. ``meet`` waits for all processes."""
 

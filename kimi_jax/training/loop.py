@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all
 
+from kimi_jax.checkpoint.emergency_exchange import forget as forget_copies
 from kimi_jax.checkpoint.manager import Checkpoints
 from kimi_jax.data import tokenizer as tokenizers
 from kimi_jax.data.ngram import order2_bits_per_byte
@@ -165,7 +166,7 @@ class Run:
 
     def _begin(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """Restores the state, or draws it while the step is compiled; returns the compiled step."""
-        resumed = self._copies is not None and self._resumed_from(self._copies)
+        resumed = self._resumed_from_copies()
         self._session.at("the compilation")
         if resumed:
             return lowered_step(self.cfg, self._place).compile()
@@ -186,10 +187,14 @@ class Run:
         folder = self.cfg.emergency.folder
         return EmergencyCopies(Path(folder), self.workdir, self._session, self._total) if folder else None
 
-    def _resumed_from(self, copies: EmergencyCopies) -> bool:
+    def _resumed_from_copies(self) -> bool:
         """Takes the state from the local copies, if they are newer than the last checkpoint and whole."""
+        if self._copies is None:
+            if self._reports:
+                forget_copies(self.workdir)
+            return False
         like, _ = shapes(self.cfg, self._place)
-        found, why = copies.resume(self.step, self.cfg.steps, like)
+        found, why = self._copies.resume(self.step, self.cfg.steps, like)
         if found:
             self.step, self.state = found
             where = f"the local copies in {self.cfg.emergency.folder}"
