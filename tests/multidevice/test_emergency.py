@@ -58,6 +58,9 @@ def test_every_distinct_piece_is_copied_once(mesh):
 def test_the_copies_outlive_donated_buffers(mesh):
     x = jax.device_put(np.zeros((8, 1024), np.float32), NamedSharding(mesh, PartitionSpec("a")))
     found = pieces.on_host({"x": x})
+    lent = [np.asarray(shard.data) for shard in x.addressable_shards]
+    assert not any(np.shares_memory(a, b) for a in lent for b in found.values())
+    del lent
     overwrite = jax.jit(lambda x: x + 1, donate_argnums=0)
     y = overwrite(overwrite(x))
     assert x.is_deleted() and float(y[0, 0]) == 2
