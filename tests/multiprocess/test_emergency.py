@@ -7,20 +7,23 @@ a replaced host is.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.multiprocess.processes import STEPS, Launch, losses, write_config
+from tests.multiprocess.processes import Launch, losses, write_config
 
+STEPS = 24
 MESH = ["--config.mesh.expert=2", "--config.mesh.fsdp=2"]  # every device has pieces that no other has
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     path = write_config(tmp_path_factory.mktemp("config"))
-    path.write_text(path.read_text().replace("checkpoint_every=2", "checkpoint_every=100"))
+    text = path.read_text().replace("checkpoint_every=2", "checkpoint_every=100").replace("steps=12", f"steps={STEPS}")
+    path.write_text(text)
     return path
 
 
@@ -41,11 +44,11 @@ def files(folder: Path, process: int) -> dict[int, Path]:
     return {int(path.name.split("-")[0]): path for path in found}
 
 
-def kill_both(config: Path, workdir: Path, folder: Path) -> None:
-    """When two copies are complete on both."""
+def kill_both(config: Path, workdir: Path, folder: Path, step: int = 4) -> None:
+    """When the copy of ``step``, or a later one, is complete on both."""
     launch = Launch(config, workdir, 2, 2, *copying(folder))
     deadline = time.monotonic() + 300
-    while not all(max(files(folder, process), default=0) >= 4 for process in range(2)):
+    while not all(max(files(folder, process), default=0) >= step for process in range(2)):
         assert all(process.poll() is None for process in launch.processes), launch.said(0)
         assert time.monotonic() < deadline, launch.said(0)
         time.sleep(0.005)
@@ -62,9 +65,25 @@ def finish(config: Path, workdir: Path, folder: Path) -> Launch:
     return launch
 
 
-def test_a_replaced_host_gets_its_pieces_from_the_others(config, uninterrupted, tmp_path):
-    workdir, folder = tmp_path / "run", tmp_path / "local"
-    kill_both(config, workdir, folder)
+@pytest.fixture(scope="module")
+def killed(config, tmp_path_factory) -> Path:
+    """A run with a checkpoint of step 2, killed after step 4 or later: read only."""
+    root = tmp_path_factory.mktemp("killed")
+    done = Launch(config, root / "run", 2, 2, *MESH, "--config.steps=2")
+    assert done.wait() == [0, 0], done.said(0)
+    kill_both(config, root / "run", root / "local")
+    return root
+
+
+@pytest.fixture
+def left(killed, tmp_path) -> tuple[Path, Path]:
+    """The workdir and the folder with the copies, as the kill left them."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run", tmp_path / "local"
+
+
+def test_a_replaced_host_gets_its_pieces_from_the_others(config, uninterrupted, left):
+    workdir, folder = left
     for path in files(folder, 1).values():
         path.unlink()
     newest = max(files(folder, 0))
@@ -75,11 +94,10 @@ def test_a_replaced_host_gets_its_pieces_from_the_others(config, uninterrupted, 
 
 
 @pytest.mark.slow
-def test_a_save_that_one_process_did_not_finish_is_not_taken(config, uninterrupted, tmp_path):
+def test_a_save_that_one_process_did_not_finish_is_not_taken(config, uninterrupted, left):
     """Only the one before is everywhere; the pieces of two starts do not mix."""
-    workdir, folder = tmp_path / "run", tmp_path / "local"
-    kill_both(config, workdir, folder)
-    kill_both(config, workdir, folder)  # from the copies of the first start
+    workdir, folder = left
+    kill_both(config, workdir, folder, 14)  # from the copies of the first start
     for path in folder.glob("*/*"):
         _, start, _ = path.name.split("-")
         assert start == json.loads((workdir / "emergency" / "history.json").read_text())["start"]
@@ -98,11 +116,8 @@ def _without_half(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_when_a_piece_is_nowhere_the_run_goes_on_from_its_checkpoint(config, uninterrupted, tmp_path):
-    workdir, folder = tmp_path / "run", tmp_path / "local"
-    done = Launch(config, workdir, 2, 2, *MESH, "--config.steps=2")
-    assert done.wait() == [0, 0], done.said(0)
-    kill_both(config, workdir, folder)
+def test_when_a_piece_is_nowhere_the_run_goes_on_from_its_checkpoint(config, uninterrupted, left):
+    workdir, folder = left
     for process in range(2):
         for path in files(folder, process).values():
             _without_half(path)
@@ -113,11 +128,8 @@ def test_when_a_piece_is_nowhere_the_run_goes_on_from_its_checkpoint(config, uni
 
 
 @pytest.mark.slow
-def test_another_mesh_goes_on_from_the_checkpoint_and_says_why(config, uninterrupted, tmp_path):
-    workdir, folder = tmp_path / "run", tmp_path / "local"
-    done = Launch(config, workdir, 2, 2, *MESH, "--config.steps=2")
-    assert done.wait() == [0, 0], done.said(0)
-    kill_both(config, workdir, folder)
+def test_another_mesh_goes_on_from_the_checkpoint_and_says_why(config, left):
+    workdir, folder = left
     launch = Launch(config, workdir, 2, 2, *copying(folder)[2:], "--config.mesh.expert=4")
     assert launch.wait() == [0, 0], launch.said(0)
     said = launch.said(0)
