@@ -15,6 +15,8 @@ import pytest
 
 from tests.multiprocess.processes import Launch, losses, write_config
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 MESH = ["--config.mesh.expert=2", "--config.mesh.fsdp=2"]  # every device has pieces that no other has
 
@@ -93,7 +95,6 @@ def test_a_replaced_host_gets_its_pieces_from_the_others(config, uninterrupted, 
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_save_that_one_process_did_not_finish_is_not_taken(config, uninterrupted, left):
     """Only the one before is everywhere; the pieces of two starts do not mix."""
     workdir, folder = left
@@ -115,7 +116,6 @@ def _without_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.slow
 def test_when_a_piece_is_nowhere_the_run_goes_on_from_its_checkpoint(config, uninterrupted, left):
     workdir, folder = left
     for process in range(2):
@@ -127,7 +127,6 @@ def test_when_a_piece_is_nowhere_the_run_goes_on_from_its_checkpoint(config, uni
     assert losses(workdir) == losses(uninterrupted)
 
 
-@pytest.mark.slow
 def test_another_mesh_goes_on_from_the_checkpoint_and_says_why(config, left):
     workdir, folder = left
     launch = Launch(config, workdir, 2, 2, *copying(folder)[2:], "--config.mesh.expert=4")
