@@ -5,19 +5,21 @@
 A device sorts its assignments by expert, hence by the device that holds it, and sends them in rounds, in buffers of one
 size whatever the routing (``exchange``): a balanced batch takes one round, and if every token chose the same device's
 experts, it would take as many as there are devices: nothing is dropped. The rounds end when the last device of the mesh
-has sent everything. The tokens of a device are taken in chunks, so that memory does not grow with their number either.
+has sent everything. The tokens of a device are taken in chunks, so that memory does not grow with their number either;
+forward in pairs of chunks, so that rows of one travel while those of the other are computed.
 
 Backward, the tokens travel again, with their gradients, and the experts' hidden values are computed again: nothing of a
-round is kept. Weights whose other axes are split too are gathered over "fsdp" and "context" in the dtype of the
-computation, and their gradients reduced in f32 on the way back; over "tensor", every device computes its part of F.
+round is kept. Gradients of tokens travel back while those of the weights are computed. Weights whose other axes are
+split too are gathered over "fsdp" and "context" in the dtype of the computation, and their gradients reduced in f32 on
+the way back; over "tensor", every device computes its part of F.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +63,15 @@ def expert_parallel(
     return run
 
 
+class _Plan(NamedTuple):
+    """The assignments of a chunk in order, everybody's counts, rows of a buffer, and the number of rounds."""
+
+    order: Order
+    everyones: Counts
+    R: int
+    n_rounds: Array  # the same everywhere
+
+
 @dataclass(frozen=True)
 class _Spread:
     """How rows travel, and what is done with them where they arrive."""
@@ -89,12 +100,11 @@ class _Spread:
         x_RX = restored(rows_RX, dtype) if isinstance(rows_RX, Fp8Rows) else rows_RX
         return jnp.where(journey.experts_R[:, None] < n_experts, x_RX, 0)
 
-    def plan(self, experts_MK: Array, E: int) -> tuple[Order, Counts, int, Array]:
-        """The assignments in order, everybody's counts, rows of a buffer, and the number of rounds."""
+    def plan(self, experts_MK: Array, E: int) -> _Plan:
         order = sort_assignments(experts_MK, E)
         everyones = counts(order.sizes_E)
         R = self.way.buffer(experts_MK.size, len(everyones.device_IJ))
-        return order, everyones, R, lax.pmax(self.way.rounds(everyones, R), self.way.together)
+        return _Plan(order, everyones, R, lax.pmax(self.way.rounds(everyones, R), self.way.together))
 
 
 def _local(spread: _Spread, p: Params, x_BTD: Array, weights_BTK: Array, experts_BTK: Array) -> Array:
@@ -109,8 +119,10 @@ def _local(spread: _Spread, p: Params, x_BTD: Array, weights_BTK: Array, experts
 def _experts(spread: _Spread, p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
     """y [M, D] in f32: with "tensor", the part of it that this device's slice of F gives."""
     w = spread.gathered(p, x_MD.dtype)
-    y_cMD = lax.map(lambda chunk: _forward_chunk(spread, w, *chunk), _chunks(x_MD, weights_MK, experts_MK))
-    return y_cMD.reshape(x_MD.shape)
+    tokens = _chunks(x_MD, weights_MK, experts_MK)
+    pairs = [a.reshape(-1, 2 - len(a) % 2, *a.shape[1:]) for a in tokens]
+    y_pcMD = lax.map(lambda chunks: _forward_chunks(spread, w, *chunks), pairs)
+    return y_pcMD.reshape(x_MD.shape)
 
 
 def _chunks(*tokens: Array) -> list[Array]:
@@ -120,19 +132,29 @@ def _chunks(*tokens: Array) -> list[Array]:
     return [a.reshape(n, M // n, *a.shape[1:]) for a in tokens]
 
 
-def _forward_chunk(spread: _Spread, w: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
-    (M, K), D, dtype, e = experts_MK.shape, x_MD.shape[1], x_MD.dtype, len(w["gate"])
-    order, everyones, R, n_rounds = spread.plan(experts_MK, e * lax.axis_size("expert"))
-    x_AD = jax.tree.map(lambda x: x[order.order_A // K], spread.packed(x_MD))
+def _forward_chunks(spread: _Spread, w: Params, x_cMD: Array, weights_cMK: Array, experts_cMK: Array) -> Array:
+    """Of one chunk or two at a time: the second's rows are on their way when the first is computed."""
+    (_, M, K), D, dtype, e = experts_cMK.shape, x_cMD.shape[2], x_cMD.dtype, len(w["gate"])
+    plans = [spread.plan(experts_MK, e * lax.axis_size("expert")) for experts_MK in experts_cMK]
+    x_cAD = [
+        jax.tree.map(lambda x, plan=plan: x[plan.order.order_A // K], spread.packed(x_MD))
+        for plan, x_MD in zip(plans, x_cMD, strict=True)
+    ]
 
-    def one(r: Array, y_AD: Array) -> Array:
-        journey = spread.way.begin(everyones, R, r)
-        x_RD = spread.arrived(journey, x_AD, e, dtype)
-        y_RD, _ = spread.path.forward(w, x_RD, jnp.ones((R, 1), jnp.float32), journey.experts_R[:, None])
-        return journey.back(y_RD, y_AD)
+    def one(r: Array, y_cAD: list[Array]) -> list[Array]:
+        journeys = [spread.way.begin(plan.everyones, plan.R, r) for plan in plans]
+        x_cRD = [spread.arrived(journey, x_AD, e, dtype) for journey, x_AD in zip(journeys, x_cAD, strict=True)]
+        results = []
+        for journey, x_RD, y_AD in zip(journeys, x_cRD, y_cAD, strict=True):
+            ones_R1 = jnp.ones((len(x_RD), 1), jnp.float32)
+            y_RD, _ = spread.path.forward(w, x_RD, ones_R1, journey.experts_R[:, None])
+            results.append(journey.back(y_RD, y_AD))
+        return results
 
-    y_AD = lax.fori_loop(0, n_rounds, one, jnp.zeros((M * K, D), dtype))
-    return combine(y_AD[order.inverse_MK], weights_MK)
+    n_rounds = reduce(jnp.maximum, [plan.n_rounds for plan in plans])
+    y_cAD = lax.fori_loop(0, n_rounds, one, [jnp.zeros((M * K, D), dtype) for _ in plans])
+    y_cMKD = [y_AD[plan.order.inverse_MK] for plan, y_AD in zip(plans, y_cAD, strict=True)]
+    return jnp.stack(list(map(combine, y_cMKD, weights_cMK)))
 
 
 def _forward(spread: _Spread, p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array):

@@ -141,7 +141,10 @@ def hf_gradient(gradients: dict[str, np.ndarray], name: str) -> np.ndarray:
     return gate if which == "gate_proj" else up
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("base", "odd", "far", "two_dense_two_shared", "wide")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_forward_and_backward(name, tmp_path):
     case = CASES[name]
     torch_model = build(case)

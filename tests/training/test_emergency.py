@@ -56,6 +56,7 @@ def resumed_at(said: str) -> int:
     return int(line.split("after step ")[1].split()[0])
 
 
+@pytest.mark.slow
 def test_kills_between_checkpoints_give_the_same_losses(config, uninterrupted, tmp_path):
     """Before the first checkpoint, and after one, from a start that itself went on from a copy."""
     workdir, folder = tmp_path / "run", tmp_path / "local"
