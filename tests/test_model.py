@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from kimi_jax import presets
 from kimi_jax.dims import is_spec, map_specs
 from kimi_jax.errors import UserError
-from kimi_jax.model import KimiK2, in_compute_dtype, parameter_count, specs
+from kimi_jax.model import KimiK2, in_compute_dtype, init_params, parameter_count, specs
 
 CFG = presets.tiny().replace(
     vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
@@ -65,8 +67,13 @@ def test_init_makes_what_specs_declare(name):
     assert ("moe_layers" in declared) == (cfg.n_moe_layers > 0)
 
 
-def test_initial_values():
-    params = jax.jit(KimiK2(CFG).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+def by_flax(cfg):
+    return KimiK2(cfg).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+@pytest.mark.parametrize("init", [partial(init_params, seed=0), pytest.param(by_flax, marks=pytest.mark.slow)])
+def test_initial_values(init):
+    params = jax.jit(init, static_argnums=0)(CFG)
     for spec, w in zip(jax.tree.leaves(specs(CFG), is_leaf=is_spec), jax.tree.leaves(params), strict=True):
         w = np.asarray(w)
         if spec.std is None:
