@@ -15,12 +15,9 @@ from kimi_jax.training.placement import lowered_step, placement
 from kimi_jax.training.step import train_step
 from tests.multidevice.test_step import a_batch, assert_same, config, mild_state
 
-MESHES = [{axis: 2} for axis in AXES if axis != "data"] + [{"fsdp": 2, "expert": 2, "tensor": 2}]  # data: test_copies
-SLOW = (
-    [{"data": 2}]
-    + [dict.fromkeys(pair, 2) for pair in itertools.combinations(AXES, 2)]
-    + [{"expert": 8}, {"fsdp": 2, "expert": 4}]
-)
+MESHES = [{"context": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}]  # "data" and "expert" together: test_copies
+SLOW = [{axis: 2} for axis in AXES if axis != "context"] + [{"expert": 8}, {"fsdp": 2, "expert": 4}]
+SLOW += [dict.fromkeys(pair, 2) for pair in itertools.combinations(AXES, 2)]
 MESHES += [pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW]
 
 
