@@ -38,7 +38,6 @@ class MeshConfig:
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 BATCH = ("data", "fsdp", "expert")  # the axes over which the sequences of a batch are split
 GATHERED = ("fsdp", "context")  # the axes that split weights which are gathered where they are used
-TOKENS = PartitionSpec(BATCH, "context")  # of everything that is [B, T, ...]
 
 
 def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from kimi_jax.sharding.exchange import way_for
 from kimi_jax.sharding.expert_parallel import expert_parallel
 from kimi_jax.sharding.gathered import gathered
 from kimi_jax.sharding.lookup import parallel_lookup
-from kimi_jax.sharding.mesh import BATCH, TOKENS, make_mesh
+from kimi_jax.sharding.mesh import BATCH, make_mesh, tokens
 from kimi_jax.sharding.parallel_attention import parallel_attention
 from kimi_jax.sharding.parallel_newton_schulz import parallel_orthogonalised
 from kimi_jax.sharding.rules import TRAIN, shardings
@@ -60,7 +60,7 @@ def placement(cfg: TrainConfig, devices: Sequence[Any]) -> Placement:
     state = _state(cfg, mesh)
     alone = len(devices) == 1 and devices[0].platform == "cpu"
     ops = ON_ONE_DEVICE if alone else _spread(cfg, mesh, devices[0], state.params)
-    return Placement(mesh, state, NamedSharding(mesh, TOKENS), ops)
+    return Placement(mesh, state, NamedSharding(mesh, tokens(mesh)), ops)
 
 
 def _spread(cfg: TrainConfig, mesh: Mesh, device: Any, params: Any) -> StepOps:
