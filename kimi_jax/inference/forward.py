@@ -16,6 +16,7 @@ from kimi_jax.dims import Array, Params
 from kimi_jax.inference import attention, cache
 from kimi_jax.inference.ops import ON_ONE_DEVICE, Ops
 from kimi_jax.layers import block, mla
+from kimi_jax.layers.experts import with_shared
 from kimi_jax.layers.norm import rms_norm
 from kimi_jax.model import positions
 
@@ -58,11 +59,11 @@ def forward(
             y_BTD = attention.attend(p["attn"], cfg, q, cache_LPGX, first + i, own_pages_BP, own_pos_BT, ops)
             x_BTD += ops.split.total(y_BTD)
 
-            def experts(_, cfg, x_BTD, weights_BTK, experts_BTK):
+            def run_experts(p, cfg, x_BTD, weights_BTK, experts_BTK):
                 rows = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTK, chosen(cfg, experts_BTK)))
-                return ops.experts_of(stack, i, *rows).reshape(x_BTD.shape)
+                return with_shared(p, x_BTD, ops.experts_of(stack, i, *rows).reshape(x_BTD.shape))
 
-            x_BTD, _ = block.feed_forward(p, cfg, x_BTD, experts, ops.split)
+            x_BTD, _ = block.feed_forward(p, cfg, x_BTD, run_experts, ops.split)
             return (x_BTD, cache_LPGX), None
 
         def chosen(cfg: ModelConfig, experts_BTK: Array) -> Array:

@@ -54,10 +54,7 @@ def specs(cfg: ModelConfig, dense: bool) -> Specs:
     common = {"attn_norm": gain, "attn": mla.specs(cfg), "mlp_norm": gain}
     if dense:
         return common | {"mlp": mlp.specs(D, cfg.intermediate_size, std)}
-    moe = {"router": router.specs(cfg), "experts": experts.specs(cfg)}
-    if cfg.n_shared_experts:
-        moe["shared"] = mlp.specs(D, cfg.moe_intermediate_size * cfg.n_shared_experts, std)
-    return common | {"moe": moe}
+    return common | {"moe": {"router": router.specs(cfg), **experts.specs(cfg)}}
 
 
 def attend(
@@ -78,9 +75,7 @@ def feed_forward(
     if "mlp" in p:
         return x_BTD + split.total(mlp.mlp(p["mlp"], h_BTD)), None
     routing = router.route(p["moe"]["router"], cfg, h_BTD, split)
-    y_BTD = run_experts(p["moe"]["experts"], cfg, h_BTD, routing.weights_BTK, routing.experts_BTK)
-    if cfg.n_shared_experts:
-        y_BTD = y_BTD + mlp.mlp(p["moe"]["shared"], h_BTD)
+    y_BTD = run_experts(p["moe"], cfg, h_BTD, routing.weights_BTK, routing.experts_BTK)
     return x_BTD + split.total(y_BTD), routing
 
 

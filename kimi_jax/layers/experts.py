@@ -1,11 +1,12 @@
-"""Routed experts without drops: every assignment of a token to an expert is computed, whatever the balance.
+"""Experts without drops: every assignment of a token to an expert is computed, whatever the balance.
 
-    y = sum_k w_k SwiGLU(x; expert e_k)
+    y = sum_k w_k SwiGLU(x; expert e_k) + SwiGLU(x; shared expert)
 
-Three ways to the same numbers, all summing over k in f32: ``looped_experts`` is the plain one; ``ragged_experts``
-sorts the assignments and runs ``lax.ragged_dot``, a single kernel on TPU; on CPU, where that costs as much as every
-expert applied to every token, ``blocked_experts`` walks the experts. The platform is chosen inside forward and inside
-backward, which keep the same things in between: differentiating through the choice would keep what either needs.
+For the routed ones there are three ways to the same numbers, all summing over k in f32: ``looped_experts`` is the plain
+one; ``ragged_experts`` sorts the assignments and runs ``lax.ragged_dot``, a single kernel on TPU; on CPU, where that
+costs as much as every expert applied to every token, ``blocked_experts`` walks the experts. The platform is chosen
+inside forward and inside backward, which keep the same things in between: differentiating through the choice would keep
+what either needs.
 """
 
 from __future__ import annotations
@@ -20,27 +21,30 @@ from jax import lax
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import EXPERTS, Array, Params, ParamSpec, Specs
 from kimi_jax.errors import UserError
-from kimi_jax.layers import blocked_experts, ragged_experts
+from kimi_jax.layers import blocked_experts, mlp, ragged_experts
 from kimi_jax.layers.blocked_experts import ladder
 from kimi_jax.layers.dispatch import Hidden
 from kimi_jax.layers.linear import contract
-from kimi_jax.layers.mlp import swiglu
 
 
 def specs(cfg: ModelConfig) -> Specs:
+    """``experts``: a stack of the routed ones; ``shared``, if there are any: those that every token goes to, as one."""
     E, D, F, std = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size, cfg.initializer_range
-    return {
+    routed = {
         "gate": ParamSpec((E, D, F), (EXPERTS, "embed", "expert_mlp"), std),
         "up": ParamSpec((E, D, F), (EXPERTS, "embed", "expert_mlp"), std),
         "down": ParamSpec((E, F, D), (EXPERTS, "expert_mlp", "embed"), std),
     }
+    if not cfg.n_shared_experts:
+        return {"experts": routed}
+    return {"experts": routed, "shared": mlp.specs(D, F * cfg.n_shared_experts, std, "expert_mlp")}
 
 
 def looped_experts(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
     y_MD = jnp.zeros(x_MD.shape, jnp.float32)
     for e in range(p["gate"].shape[0]):
         weight_M = jnp.sum(jnp.where(experts_MK == e, weights_MK, 0), axis=-1)
-        h_MF = swiglu(contract("MD,DF->MF", x_MD, p["gate"][e]), contract("MD,DF->MF", x_MD, p["up"][e]))
+        h_MF = mlp.swiglu(contract("MD,DF->MF", x_MD, p["gate"][e]), contract("MD,DF->MF", x_MD, p["up"][e]))
         y_MD += weight_M[:, None] * contract("MF,FD->MD", h_MF, p["down"][e]).astype(jnp.float32)
     return y_MD.astype(x_MD.dtype)
 
@@ -106,8 +110,15 @@ EXPERT_PATHS = {
 }
 
 
+def with_shared(p: Params, x_BTD: Array, y_BTD: Array) -> Array:
+    """y of the routed experts and what the shared ones add to it."""
+    return y_BTD + mlp.mlp(p["shared"], x_BTD) if "shared" in p else y_BTD
+
+
 def run(p: Params, cfg: ModelConfig, x_BTD: Array, weights_BTK: Array, experts_BTK: Array) -> Array:
+    """All experts of a layer, by the path that the config names."""
     if cfg.experts not in EXPERT_PATHS:
         raise UserError(f"unknown model.experts {cfg.experts!r}; there are {', '.join(EXPERT_PATHS)}")
     x_MD, weights_MK, experts_MK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTK, experts_BTK))
-    return EXPERT_PATHS[cfg.experts](p, x_MD, weights_MK, experts_MK).reshape(x_BTD.shape)
+    y_MD = EXPERT_PATHS[cfg.experts](p["experts"], x_MD, weights_MK, experts_MK)
+    return with_shared(p, x_BTD, y_MD.reshape(x_BTD.shape))

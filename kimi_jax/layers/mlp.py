@@ -11,11 +11,12 @@ from kimi_jax.dims import Array, Params, ParamSpec, Specs
 from kimi_jax.layers.linear import contract
 
 
-def specs(D: int, F: int, std: float) -> Specs:
+def specs(D: int, F: int, std: float, width: str = "mlp") -> Specs:
+    """``width``: the logical name of the axis of F."""
     return {
-        "gate": ParamSpec((D, F), ("embed", "mlp"), std),
-        "up": ParamSpec((D, F), ("embed", "mlp"), std),
-        "down": ParamSpec((F, D), ("mlp", "embed"), std),
+        "gate": ParamSpec((D, F), ("embed", width), std),
+        "up": ParamSpec((D, F), ("embed", width), std),
+        "down": ParamSpec((F, D), (width, "embed"), std),
     }
 
 

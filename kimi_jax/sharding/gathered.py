@@ -10,6 +10,7 @@ XLA:TPU scatters only along the first axis in memory, and else reduces everythin
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,10 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from kimi_jax.dims import EXPERTS, Array, Params, ParamSpec, Specs, is_spec
+from kimi_jax.dims import Array, Params, ParamSpec, Specs, is_spec
 from kimi_jax.sharding.rules import TRAIN, partition
 
-THEIR_USERS_DO = (EXPERTS, "kv_lora")  # gather them: the first axis of weights of expert_parallel, parallel_attention
+THEIR_USERS_DO = ("expert_mlp", "kv_lora")  # gather them: an axis of the weights of expert_parallel, parallel_attention
 
 
 def gathered(mesh: Mesh | AbstractMesh) -> Callable[[Params, Specs, Any], Params]:
@@ -29,7 +30,7 @@ def gathered(mesh: Mesh | AbstractMesh) -> Callable[[Params, Specs, Any], Params
 
     def gather(p: Params, specs: Specs, dtype: Any) -> Params:
         def one(spec: ParamSpec, w: Array) -> Array:
-            if len(spec.axes) < 2 or spec.axes[0] in THEIR_USERS_DO:
+            if len(spec.axes) < 2 or not set(THEIR_USERS_DO).isdisjoint(spec.axes):
                 return w
             split = partition(spec, mesh, TRAIN)
             whole = PartitionSpec(*(axis if axis == "tensor" else None for axis in split))
@@ -75,6 +76,30 @@ def _whole_weight_backward(axes: tuple[str, ...], dtype: Any, _, dw: Array):
 
 
 whole_weight.defvjp(_whole_weight_forward, _whole_weight_backward)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a weight lies in ``shard_map`` along the model dimension: which axis that is, and what splits it."""
+
+    axis: int
+    over: tuple[str, ...]
+
+    @classmethod
+    def of(cls, spec: ParamSpec, split: PartitionSpec) -> Pieces:
+        axis = spec.names.index("embed")
+        over = split[axis] or ()
+        return cls(axis, over if isinstance(over, tuple) else (over,))
+
+    def together(self, w: Array) -> Array:
+        return lax.all_gather(w, self.over, axis=self.axis, tiled=True) if self.over else w
+
+    def scattered(self, dw: Array) -> Array:
+        """The sum of everybody's; stacks of matrices are scattered as they lie."""
+        if not self.over:
+            return dw
+        dw = _with_first(dw, self.axis) if dw.ndim == 2 else dw
+        return lax.psum_scatter(dw, self.over, scatter_dimension=self.axis, tiled=True)
 
 
 def _with_first(w: Array, i: int) -> Array:

@@ -30,7 +30,7 @@ TRAIN: Rules = {  # a mesh axis goes to the first in this table that asks for it
 }
 LOAD: Rules = {EXPERTS: ("expert",)}
 SERVE: Rules = dict.fromkeys(
-    (EXPERTS, HEADS, "mlp", VOCAB, "q_lora", "latent+rope_key", "router"), ("expert",)
+    (EXPERTS, HEADS, "mlp", "expert_mlp", VOCAB, "q_lora", "latent+rope_key", "router"), ("expert",)
 )  # of the engine: every weight but the vectors is read by one device
 
 

@@ -165,4 +165,4 @@ def test_pieces_cover_every_row_once_and_never_cross_an_expert(sizes):
 def test_unknown_path():
     params, x, weights, experts, _ = as_arrays(jnp.float32, *inputs("random"))
     with pytest.raises(UserError, match="model.experts 'fast'; there are fastest"):
-        run(params, presets.tiny().replace(experts="fast"), x, weights, experts)
+        run({"experts": params}, presets.tiny().replace(experts="fast"), x, weights, experts)

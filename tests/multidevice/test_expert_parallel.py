@@ -12,7 +12,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from kimi_jax import presets
-from kimi_jax.layers.experts import EXPERT_PATHS
+from kimi_jax.dims import is_spec
+from kimi_jax.layers import experts
 from kimi_jax.sharding import exchange
 from kimi_jax.sharding import expert_parallel as expert_parallel_module
 from kimi_jax.sharding.expert_parallel import expert_parallel
@@ -27,7 +28,9 @@ MESHES = {
 }
 MESHES |= {"data 2, expert 2, fsdp 2": (2, 2, 2, 1, 1), "data 8": (8, 1, 1, 1, 1)}
 MESHES |= {"fsdp 2, expert 2, tensor 2": (1, 2, 2, 2, 1)}
-CFG = presets.tiny().replace(n_routed_experts=E, num_experts_per_tok=K)
+CFG = presets.tiny().replace(
+    n_routed_experts=E, num_experts_per_tok=K, hidden_size=D, moe_intermediate_size=F, experts="looped"
+)
 
 
 def routing(name: str) -> np.ndarray:
@@ -61,25 +64,21 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, jnp.float32).astype(dtype))
 
 
-def spread_and_looped(mesh_name: str, way: str, **options):
-    """value_and_gradients(run, experts) and the two that it runs: experts spread over a mesh, and the loop."""
-    mesh = mesh_of(mesh_name)
+def spread_and_looped(mesh_name: str, way: str, n_shared: int = 1, **options):
+    """experts -> value and gradients, twice: of experts spread over a mesh, and of the loop."""
+    mesh, cfg = mesh_of(mesh_name), CFG.replace(n_shared_experts=n_shared)
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    p = {"gate": draw(E, D, F), "up": draw(E, D, F), "down": draw(E, F, D)}
+    p = jax.tree.map(lambda spec: draw(*spec.shape), experts.specs(cfg), is_leaf=is_spec)
     x_BTD, weights_BTK, dy_BTD = draw(B, T, D), jnp.abs(draw(B, T, K)), draw(B, T, D)
-
-    def looped(p, _, x, weights, experts):
-        flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
-        return EXPERT_PATHS["looped"](p, *flat).reshape(x.shape)
 
     @partial(jax.jit, static_argnums=0)
     def value_and_gradients(run, experts_BTK):
-        y, pullback = jax.vjp(lambda p, x, w: run(p, CFG, x, w, experts_BTK), p, x_BTD, weights_BTK)
+        y, pullback = jax.vjp(lambda p, x, w: run(p, cfg, x, w, experts_BTK), p, x_BTD, weights_BTK)
         return y, *pullback(dy_BTD)
 
     spread = expert_parallel(mesh, way, **options)
-    return lambda experts: [jax.device_get(value_and_gradients(run, experts)) for run in (spread, looped)]
+    return lambda chosen: [jax.device_get(value_and_gradients(run, chosen)) for run in (spread, experts.run)]
 
 
 def mesh_of(name: str) -> Mesh:
@@ -110,6 +109,12 @@ def test_tokens_in_chunks(at_once, way, on_cpu, monkeypatch):
     both = spread_and_looped("fsdp 2, expert 2, tensor 2", way)
     for name in ("random", "two take all"):
         assert farthest(*both(jnp.asarray(routing(name), jnp.int32))) <= 2e-6, name
+
+
+@pytest.mark.parametrize("n_shared", [0, 2])
+def test_no_shared_expert_or_several(n_shared, on_cpu):
+    both = spread_and_looped("fsdp 2, expert 2, tensor 2", "padded", n_shared)
+    assert farthest(*both(jnp.asarray(routing("random"), jnp.int32))) <= 2e-6
 
 
 @pytest.mark.parametrize("way", ["padded", "ragged"])
