@@ -24,17 +24,17 @@ def at_once(group: int) -> AbstractContextManager:
     return set_xla_metadata(_scheduling_group_id=str(group))
 
 
-def forward(p: Params, x_cMD: Array) -> Array:
-    h_cMF = swiglu(*(contract("cMD,DF->cMF", x_cMD, p[name]) for name in ("gate", "up")))
+def forward(p: Params, x_BTD: Array) -> Array:
+    h_BTF = swiglu(*(contract("BTD,DF->BTF", x_BTD, p[name]) for name in ("gate", "up")))
     with at_once(FORWARD):
-        return contract("cMF,FD->cMD", h_cMF, p["down"])
+        return contract("BTF,FD->BTD", h_BTF, p["down"])
 
 
 def backward(p: Params, x_MD: Array, dy_MD: Array) -> tuple[Params, Array]:
     """Gradients of the weights in f32, and of x."""
     gate_up = [contract("MD,DF->MF", x_MD, p[name]) for name in ("gate", "up")]
     h_MF, swiglu_vjp = jax.vjp(swiglu, *gate_up)
-    dgate_MF, dup_MF = swiglu_vjp(contract("MD,FD->MF", dy_MD, p["down"]))
+    dgate_MF, dup_MF = swiglu_vjp(product("MD,FD->MF", dy_MD, p["down"]).astype(h_MF.dtype))
     with at_once(BACKWARD):
         dp = {
             "gate": weight_gradient("MD,MF->DF", x_MD, dgate_MF),
