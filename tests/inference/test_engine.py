@@ -41,7 +41,7 @@ def greedy() -> list[list[int]]:
     return tiny.greedy(PARAMS, CFG, PROMPTS, 20)
 
 
-@pytest.mark.parametrize("draft", [0, 3])
+@pytest.mark.parametrize("draft", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_greedy_is_the_argmax_of_the_full_forward(draft):
     """Eight prompts on two rows that share and lack pages."""
     engine = Engine(PARAMS, CFG, dataclasses.replace(LIMITS, draft=draft))

@@ -121,7 +121,8 @@ def test_bfloat16_stays_near_float32():
     assert np.nanmedian(error) < 0.05  # of most tokens: near ties send a few to other experts
 
 
-@pytest.mark.parametrize("rows", [1, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (2, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 2, 8])
 def test_bfloat16_runs_at_every_batch_size(rows):
     cfg, params = CFG.replace(dtype="bfloat16", experts="fastest"), parameters(CFG)
     tokens, tables = np.random.default_rng(4).integers(0, 61, (rows, 7)), 1 + np.arange(2 * rows).reshape(rows, 2)

@@ -128,6 +128,7 @@ def test_a_step_is_gradients_clipping_optimizer_and_bias(whole):
     np.testing.assert_allclose(bias, expected_bias(state, whole.load_LE), atol=1e-7)  # no gradient, no decay
 
 
+@pytest.mark.slow
 def test_accumulated_step_with_adamw(whole):
     """What does not depend on the optimizer is that of the whole batch; the bias moves once."""
     adamw = dataclasses.replace(CFG.optimizer, name="adamw")
