@@ -21,8 +21,8 @@ SOURCES := $(wildcard kimi_jax configs tests benchmarks tools setup.py)
 
 # Tests on eight virtual devices need a process of their own.
 define pytest
-$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(1)
-$(if $(wildcard tests/multidevice),$(BIN)/python -m pytest -n $(WORKERS) $(1) tests/multidevice)
+$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(1)
+$(if $(wildcard tests/multidevice),$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(1) tests/multidevice)
 endef
 
 .PHONY: help demo test nightly check lint format clean
