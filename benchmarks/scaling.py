@@ -83,7 +83,7 @@ def row(name: str, kept: dict[str, Any]) -> list[str]:
     sequences = f"{r['sequences_per_device']:g} x {r['seq_len']:,}"
     sequences += f", {r['accumulation']} times" if r["accumulation"] > 1 else ""
     first = [name, f"{r['devices']}", mesh, sequences, r["remat"], f"{r['peak_gib']:.1f}", f"{r['peak_over_hbm']:.0%}"]
-    compiled = f"{r['compile_seconds']:.0f}" + (" (O1)" if kept["fast"] else "")
+    compiled = f"{r['compile_seconds']:.0f}" + (" (O1)" if kept.get("fast") else "")
     c = r["compiled"]
     if c is None:
         return [*first, *["does not fit"] * 6, compiled]
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="*", default=[], metavar="NAME", help=f"all, or {', '.join(CONFIGURATIONS)}")
     parser.add_argument("--reports", type=Path, default=ROOT / "runs" / "scaling")
-    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--fast", action="store_true", help="compile at optimization level O1")
     parser.add_argument("--products", action="store_true")
     args = parser.parse_args()
     names = list(CONFIGURATIONS) if args.run == ["all"] else args.run

@@ -46,6 +46,7 @@ class Parcel(NamedTuple):
 
 
 def packed(fp8: bool, *arrays_MD: Array) -> Parcel:
+    """A row for each token, ``fp8``: in eight bits."""
     rows = [compressed(x_MD) if fp8 else Fp8Rows(x_MD, jnp.zeros((len(x_MD), 0))) for x_MD in arrays_MD]
     value_MX, few_Mt = (jnp.concatenate(columns, axis=1) for columns in zip(*rows, strict=True))
     return Parcel(value_MX, few_Mt, len(arrays_MD), arrays_MD[0].dtype)

@@ -48,9 +48,7 @@ def schedule() -> list[str]:
 
     p = jax.tree.map(weight, specs(CFG), is_leaf=is_spec)
     arguments = p, rows(D, jnp.bfloat16), rows(K, jnp.float32), rows(K, jnp.int32), rows(D, jnp.bfloat16)
-    text = jax.jit(step).lower(*arguments).compile().as_text()
-    open("/tmp/lead/ov.txt", "w").write(text)
-    return text.splitlines()
+    return jax.jit(step).lower(*arguments).compile().as_text().splitlines()
 
 
 def journeys(schedule: list[str], backward: bool) -> list[tuple[int, int]]:
