@@ -24,6 +24,7 @@ from kimi_jax.layers.linear import product, weight_gradient
 from kimi_jax.layers.mlp import swiglu
 
 LADDER = (1, 2, 4, 6, 8, 10, 12)  # in units of about an eighth of the mean load
+SMALL = 2**20  # multiplications: a product with fewer is computed at the longest size, and the others are not compiled
 
 
 class Pieces(NamedTuple):
@@ -35,11 +36,12 @@ class Pieces(NamedTuple):
     end_I: Array
 
 
-def ladder(n_rows: int, n_experts: int) -> tuple[int, ...]:
-    """The sizes at which pieces are computed, in rows."""
+def ladder(n_rows: int, n_experts: int, n_weights: int) -> tuple[int, ...]:
+    """The sizes at which pieces are computed, in rows; ``n_weights`` are in one matrix of an expert."""
     unit = max(n_rows // (8 * n_experts), 1)
     unit = 1 << (unit - 1).bit_length()
-    return tuple(unit * step for step in LADDER)
+    sizes = tuple(unit * step for step in LADDER)
+    return sizes if sizes[-1] * n_weights >= SMALL else sizes[-1:]
 
 
 def cut(sizes_E: Array, n_rows: int, longest: int) -> Pieces:
@@ -117,7 +119,7 @@ def _run(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array, E: int, f
     (M, K), dtype = experts_MK.shape, x_MD.dtype
     _, D, F = p["gate"].shape
     order = sort_assignments(experts_MK, E)
-    sizes = ladder(M * K, E)
+    sizes = ladder(M * K, E, D * F)
     longest = sizes[-1]
     token_A = _pad(order.order_A // K, longest)
 
@@ -140,8 +142,8 @@ def _run(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array, E: int, f
 def backward(p: Params, x_MD: Array, weights_MK: Array, hidden: Hidden, dy_MD: Array) -> tuple[Params, Array, Array]:
     """The gradients of ``p`` (in f32), ``x`` and ``weights``."""
     (order, gate_AF, up_AF), (M, K), dtype = hidden, weights_MK.shape, x_MD.dtype
-    E, D, _ = p["gate"].shape
-    sizes = ladder(M * K, E)
+    E, D, F = p["gate"].shape
+    sizes = ladder(M * K, E, D * F)
     longest = sizes[-1]
     token_A = _pad(order.order_A // K, longest)
     weight_A1 = _pad(weights_MK.reshape(-1)[order.order_A], longest)[:, None]

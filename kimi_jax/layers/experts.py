@@ -88,7 +88,8 @@ def fastest_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Arr
 def _ragged_forward(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> tuple[Array, Hidden]:
     """With as many rows past the last as the blocked path keeps."""
     y_MD, hidden = ragged_experts.forward(p, x_MD, weights_MK, experts_MK)
-    past = ((0, ladder(experts_MK.size, p["gate"].shape[0])[-1]), (0, 0))
+    E, D, F = p["gate"].shape
+    past = ((0, ladder(experts_MK.size, E, D * F)[-1]), (0, 0))
     return y_MD, hidden._replace(gate_AF=jnp.pad(hidden.gate_AF, past), up_AF=jnp.pad(hidden.up_AF, past))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +9,19 @@ import pytest
 
 from kimi_jax import presets
 from kimi_jax.errors import UserError
-from kimi_jax.layers.blocked_experts import blocked_experts_of, cut, ladder
+from kimi_jax.layers import blocked_experts
+from kimi_jax.layers.blocked_experts import SMALL, blocked_experts_of, cut, ladder
 from kimi_jax.layers.experts import EXPERT_PATHS, fastest_experts_of, run
 from kimi_jax.layers.quantized import Quantized
 from kimi_jax.layers.ragged_experts import ragged_experts_of
 
 D, F = 10, 7
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch):
+    """Pieces are computed at their own sizes, small as they are here."""
+    monkeypatch.setattr(blocked_experts, "SMALL", 0)
 
 
 def random(M: int, E: int, K: int) -> np.ndarray:
@@ -85,10 +90,12 @@ def as_arrays(dtype, p, x, weights, experts, dy):
     )
 
 
-@partial(jax.jit, static_argnums=0)
 def value_and_gradients(path: str, params, x, weights, experts, dy):
     y, pullback = jax.vjp(lambda *args: EXPERT_PATHS[path](*args, experts), params, x, weights)
     return y, *pullback(dy)
+
+
+compiled = jax.jit(value_and_gradients, static_argnums=0)
 
 
 @pytest.mark.parametrize(
@@ -97,16 +104,25 @@ def value_and_gradients(path: str, params, x, weights, experts, dy):
 )
 def test_float32(path, name):
     problem = inputs(name)
-    found = value_and_gradients(path, *as_arrays(jnp.float32, *problem))
+    found = compiled(path, *as_arrays(jnp.float32, *problem))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(reference(*problem)), strict=True):
         assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=3e-6 * np.abs(theirs).max())
+
+
+def test_small_products_are_computed_at_one_size(monkeypatch):
+    monkeypatch.setattr(blocked_experts, "SMALL", SMALL)
+    assert len(ladder(450, 16, D * F)) == 1 and len(ladder(450, 16, SMALL)) > 1
+    problem = inputs("one takes all")
+    found = jax.jit(lambda *args: value_and_gradients("blocked", *args))(*as_arrays(jnp.float32, *problem))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(reference(*problem)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=3e-6 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("path", ["blocked", "ragged", "looped"])
 def test_bfloat16(path):
     problem = inputs("one takes all")
-    y, dp, dx, dweights = found = value_and_gradients(path, *as_arrays(jnp.bfloat16, *problem))
+    y, dp, dx, dweights = found = compiled(path, *as_arrays(jnp.bfloat16, *problem))
     assert y.dtype == dx.dtype == jnp.bfloat16
     assert {a.dtype for a in jax.tree.leaves((dp, dweights))} == {jnp.dtype("float32")}
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(reference(*problem)), strict=True):
@@ -149,7 +165,7 @@ def test_eight_bit_weights_and_rows_of_no_expert(f, blocks):
 @pytest.mark.parametrize("sizes", [[0, 0, 5, 0], [1, 1, 1, 1], [0, 900, 3, 1], [17, 0, 16, 33], [0, 0, 0, 1000]])
 def test_pieces_cover_every_row_once_and_never_cross_an_expert(sizes):
     n_rows = sum(sizes)
-    longest = ladder(n_rows, len(sizes))[-1]
+    longest = ladder(n_rows, len(sizes), D * F)[-1]
     pieces = jax.tree.map(np.asarray, cut(jnp.asarray(sizes), n_rows, longest))
     owner = np.repeat(np.arange(len(sizes)), sizes)
     covered = []
