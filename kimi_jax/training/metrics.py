@@ -38,15 +38,27 @@ def keep_until(path: Path, step: int) -> None:
     part.replace(path)
 
 
+def _tensorboard() -> type:
+    """Of tensorboardX, which imports torch wherever it is installed, for seconds, to know its tensors by their type."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  # an import says that there is none
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class Writer:
     """Writes records as they come; progress is a bar on a terminal and plain lines elsewhere."""
 
     def __init__(self, workdir: Path, steps: int, start: int, log_every: int):
-        from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
         self._file = open(workdir / FILE, "a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        self._board = _tensorboard()(str(workdir / "tensorboard"), purge_step=start)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=not terminal)
         self._plain, self._log_every, self._steps = not terminal, log_every, steps

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kimi_jax import presets
 from kimi_jax.data.packing import Batch
@@ -90,6 +91,7 @@ def test_a_step_on_eight_devices_is_a_step_on_one():
     assert eight[1].finite and (eight[0].params["lm_head"] != a_state(cfg).params["lm_head"]).any()
 
 
+@pytest.mark.slow
 def test_gradients_in_bfloat16():
     """The products that ask for a memory layout are those in bf16: eight devices are as near to f32 as one is.
 

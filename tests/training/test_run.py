@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -41,8 +42,9 @@ def command(config: Path, workdir: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "kimi_jax.train", "--config", str(config), "--workdir", str(workdir), *overrides]
 
 
-def train(config: Path, workdir: Path, *overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(config, workdir, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def train(config: Path, workdir: Path, *overrides: str, path: str = "") -> subprocess.CompletedProcess:
+    env, line = {**os.environ, "PYTHONPATH": path}, command(config, workdir, *overrides)
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -67,8 +69,11 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(config, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("whole")
-    done = train(config, workdir)
+    workdir, no_torch = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("no_torch")
+    (no_torch / "torch.py").write_text(
+        "raise AssertionError('torch takes seconds to import, and training has no use for it')"
+    )
+    done = train(config, workdir, path=str(no_torch))
     assert done.returncode == 0, done.stderr
     assert "order-2 byte model" in done.stdout and "sample:" in done.stdout
     assert (workdir / "curves.png").stat().st_size > 10_000
