@@ -66,9 +66,9 @@ $(VENV)/.python:
 	"$$python" -m venv --clear $(VENV) && touch $@
 
 $(VENV)/.core: setup.py $(VENV)/.python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test,parity]'
 	@touch $@

@@ -24,7 +24,7 @@ from kimi_jax.layers.linear import product, weight_gradient
 from kimi_jax.layers.mlp import swiglu
 
 LADDER = (1, 2, 4, 6, 8, 10, 12)  # in units of about an eighth of the mean load
-SMALL = 2**20  # multiplications: a product with fewer is computed at the longest size, and the others are not compiled
+SMALL = 2**18  # multiplications: a product with fewer is computed at the longest size, and the others are not compiled
 
 
 class Pieces(NamedTuple):
