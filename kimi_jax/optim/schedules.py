@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax import lax
 
 from kimi_jax.dims import Array
 
@@ -37,6 +36,6 @@ def warmup_stable_cosine(
         cosine = jnp.clip((step - stable) / max(decay, 1e-9), 0, 1)
         decayed = low + 0.5 * (peak - low) * (1 + jnp.cos(jnp.pi * cosine))
         annealed = jnp.clip((step - stable - decay) / max(anneal, 1e-9), 0, 1) if anneal else 0.0
-        return lax.optimization_barrier(warm * (decayed + (last - low) * annealed))  # once, not in every update
+        return warm * (decayed + (last - low) * annealed)
 
     return rate
