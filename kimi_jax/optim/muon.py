@@ -190,9 +190,8 @@ def _transform(
         if params is None:
             raise ValueError("muon_clip needs the parameters: update(grads, state, params)")
         leaves, n_layers_and_heads = clipped(params)
-        lr = learning_rate
-        if callable(learning_rate):  # computed once: XLA:CPU would compile it into the update of every leaf
-            lr = lax.optimization_barrier(jnp.asarray(learning_rate(state.count)))
+        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        lr = lax.optimization_barrier(jnp.asarray(lr))  # computed once: XLA:CPU would do so in the update of every leaf
         count = state.count + 1
         g_LN, ever_clipped = None, state.ever_clipped
         if leaves and tau is not None:
