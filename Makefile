@@ -38,6 +38,7 @@ demo: $(VENV)/.core ## train a small Kimi-K2 on real text with MuonClip, here, i
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m kimi_jax.train --config configs/debug.py --workdir $(WORKDIR) $(ARGS)
 	@echo "curves: $(WORKDIR)/curves.png   metrics: $(WORKDIR)/metrics.jsonl   sample: above"
 
+test: export XLA_FLAGS += --xla_backend_optimization_level=0 # LLVM's: tests compile more than they compute
 test: $(VENV)/.test ## every test but the slow ones, parity with transformers included
 	$(call pytest,-m "not slow")
 
