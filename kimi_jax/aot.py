@@ -43,8 +43,9 @@ def main() -> None:
     served.add_argument("--past", type=int, default=1536, metavar="N", help="tokens of each in the cache (1536)")
     served.add_argument("--width", type=int, default=128, metavar="N", help="prefill: new tokens of each (128)")
     served.add_argument("--weights", choices=("bf16", "fp8", "int8"), default="fp8", help="on the devices (fp8)")
-    served.add_argument("--cache-dtype", default="bfloat16", help="of the latent cache, such as float8_e4m3fn")
-    args, overrides = parser.parse_known_args()
+    dtypes = ("bfloat16", "float32", "float8_e4m3fn")
+    served.add_argument("--cache-dtype", choices=dtypes, default="bfloat16", help="of the latent cache (bfloat16)")
+    args, overrides = parser.parse_with_overrides()
     if args.phase != "train" and (args.sweep is not None or args.slices != 1):
         parser.error("--sweep and --slices are for training")
     if min(args.rows, args.past, args.width) < 1:
@@ -85,7 +86,6 @@ def _one(args: Any, cfg: Any, devices: list[Any]) -> None:
         needs = f"the step needs {report.peak_gib:.1f} of {report.hbm_gib:.1f} GiB"
         raise UserError(f"{needs}; what would fit, by estimate: {choices}")
     if args.dump_hlo:
-        args.dump_hlo.mkdir(parents=True, exist_ok=True)
         _write(args.dump_hlo / "train.hlo.txt", text)
 
 
@@ -104,7 +104,6 @@ def _served(args: Any, cfg: Any, devices: list[Any]) -> None:
         needs = f"the step needs {report.peak_gib:.1f} of {report.hbm_gib:.1f} GiB"
         raise UserError(f"{needs}; what would fit: {report.most_rows} rows, or more devices, or --weights fp8")
     if args.dump_hlo:
-        args.dump_hlo.mkdir(parents=True, exist_ok=True)
         _write(args.dump_hlo / f"{args.phase}.hlo.txt", text)
 
 
@@ -123,10 +122,10 @@ def _sweep(args: Any, overrides: list[str], cfg: Any, devices: list[Any]) -> Non
         report = _in_a_process(args, [*overrides, *(f"--config.{override}" for override in choice.overrides)])
         reports += [report] if report else []
     reports.sort(key=lambda r: (not r["fits"], r["compiled"]["seconds_per_token"] if r["fits"] else r["peak_gib"]))
-    if args.json:
-        _write(args.json, json.dumps(reports, indent=2))
     if reports:
         print(f"\n{ranking(reports)}", flush=True)
+    if args.json:
+        _write(args.json, json.dumps(reports, indent=2))
     if not any(report["fits"] for report in reports):
         raise UserError("none of these choices compiles and fits: compile more (--sweep), or use more devices")
 
@@ -147,6 +146,7 @@ def _in_a_process(args: Any, overrides: list[str]) -> dict[str, Any] | None:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)

@@ -30,6 +30,14 @@ class Parser(argparse.ArgumentParser):
         several.add_argument("--process", type=int, metavar="N", help="which one this is, from 0; or JAX_PROCESS_ID")
         several.add_argument("--processes", type=int, metavar="M", help="how many there are; or JAX_NUM_PROCESSES")
 
+    def parse_with_overrides(self) -> tuple[argparse.Namespace, list[str]]:
+        """The arguments, and apart from them ``--config.KEY=VALUE``."""
+        args, overrides = self.parse_known_args()
+        for override in overrides:
+            if not override.startswith("--config.") or "=" not in override:
+                self.error(f"unknown argument {override!r}; overrides are written --config.KEY=VALUE")
+        return args, overrides
+
     def error(self, message: str):
         print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
         sys.exit(2)

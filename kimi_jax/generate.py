@@ -91,7 +91,10 @@ def generate(args, session: Session) -> None:
                 return show(args.prompt, events)
             progress = Progress(len(jobs))
             for answer in offline.answers(jobs, progress.watch(events)):
-                out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                line = json.dumps(
+                    answer, ensure_ascii=False
+                )  # an id may hold half a surrogate pair, which UTF-8 cannot
+                out.write(line.encode(errors="backslashreplace").decode() + "\n")
                 out.flush()
                 progress.answered()
     progress.close()

@@ -80,7 +80,7 @@ def answer(args, session: Session) -> None:
     )
     with (
         leading(session, model, limits, args.cache_dtype) as steps,
-        EngineThread(steps, cfg.vocab_size, limits.max_len) as engine,
+        EngineThread(steps, cfg.vocab_size, limits.most_tokens) as engine,
     ):
         service = Service(engine, model.tokenizer, args.model_name or ["kimi_jax"])
         run.serve(create_app(service, Settings(api_keys=tuple(args.api_key))), args.host, args.port)

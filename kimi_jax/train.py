@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--config.KEY", metavar="VALUE", help="overrides one entry of the config, at any depth")
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints, metrics and curves go here")
     parser.add_processes()
-    args, overrides = parser.parse_known_args()
+    args, overrides = parser.parse_with_overrides()
 
     from kimi_jax.pods import cluster, session
     from kimi_jax.training import config, loop

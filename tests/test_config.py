@@ -197,6 +197,10 @@ def test_hf_refusals(change, message):
     assert "\n" not in str(error.value)
 
 
+def test_shared_experts_null_are_none():
+    assert ModelConfig.from_hf(RELEASED | {"n_shared_experts": None}).n_shared_experts == 0
+
+
 def test_rope_theta_null_is_absent():
     plain = RELEASED | {"rope_scaling": None}
     assert ModelConfig.from_hf(plain | {"rope_theta": None}) == ModelConfig.from_hf(without(plain, "rope_theta"))

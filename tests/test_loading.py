@@ -119,6 +119,14 @@ def test_fp8_is_exact(tmp_path, block):
     np.testing.assert_array_equal(leaf(params, "moe_layers.moe.experts.up")[1, 3], exact.T)
 
 
+def test_a_snapshot_in_the_cache_of_the_hub_is_links(tmp_path):
+    blobs, snapshot = save(tmp_path / "blobs", random_tensors()), tmp_path / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs", file.name))
+    jax.tree.map(np.testing.assert_array_equal, kimi_jax.load(snapshot)[1], kimi_jax.load(blobs)[1])
+
+
 def test_shards_with_weight_and_scale_apart(tmp_path):
     tensors = quantised(random_tensors(), 128) | {
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(2, BF16) for i in range(3)

@@ -51,7 +51,9 @@ def _kept(weights: CheckpointWeights) -> dict[str, bytes]:
     names = list(paths.sizes(folder))
     tokenizer = (weights.meta["config"].get("data") or {}).get("tokenizer")
     if not names and tokenizer and paths.name(tokenizer) == "tiktoken.model":
-        folder = str(Path(tokenizer).parent)
+        tokenizer = str(Path(tokenizer).parent)
+    if not names and tokenizer and tokenizer != "bytes" and paths.is_dir(tokenizer):
+        folder = tokenizer
         names = [name for name in paths.sizes(folder) if name in TOKENIZER_FILES]
     return {name: paths.read_bytes(paths.join(folder, name)) for name in names}
 

@@ -67,10 +67,15 @@ def from_hf(
             found = _already_there(job, manifest)
         else:
             _refuse_foreign(target)
-            progress = Progress(target, job.job())
-            with progress.claim_share(*share) as claim:
-                found = _convert(job, progress, claim.check)
-            found |= _end(job, progress)
+            try:
+                progress = Progress(target, job.job())
+                with progress.claim_share(*share) as claim:
+                    found = _convert(job, progress, claim.check)
+                found |= _end(job, progress)
+            except (UserError, OSError):  # another share may have finished the target, and the journals are gone
+                if (manifest := finish.read(target)) is None:
+                    raise
+                found = _already_there(job, manifest)
     asked = {"source": str(source), "target": target, "dtype": dtype, "share": list(share), "workers": workers}
     return asked | found | {"peak_rss_bytes": peak_rss()}
 
@@ -200,7 +205,7 @@ def _finish(job: Conversion, digests: dict[int, str]) -> dict[str, Any]:
         where = paths.join(job.state, arrays.chunk_file(bad[0].array, bad[0].cell))
         raise UserError(f"{where} and {len(bad) - 1} other chunks are missing or damaged: run the command again")
     for name in sizes:
-        if name.endswith(UNFINISHED):  # of processes that were killed
+        if name.endswith((UNFINISHED, ".unfinished")):  # of processes that were killed
             paths.remove(paths.join(job.state, name))
     return finish.write(job.source, job.target, job.plan, [digests[unit.number] for unit in job.plan.units])
 

@@ -26,6 +26,7 @@ def read(target: paths.AnyPath) -> dict[str, Any] | None:
 
 def write(source: Source, target: str, plan: Plan, digests: list[str]) -> dict[str, Any]:
     """Makes a target complete, all of whose chunks are written."""
+    paths.remove(paths.join(target, HF_FOLDER))  # a kill may have left half a file
     for name in paths.sizes(source.folder):
         if KEPT.fullmatch(name) and name != safetensors.INDEX:
             content = paths.read_bytes(paths.join(source.folder, name))

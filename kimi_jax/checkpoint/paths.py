@@ -6,6 +6,7 @@ AWS_ENDPOINT_URL and AWS_REGION for an S3 service of one's own.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -60,12 +61,16 @@ def names(folder: AnyPath) -> list[str]:
 
 
 def sizes(folder: AnyPath, deep: bool = False) -> dict[str, int]:
-    """Bytes of every file of a folder, by name; with ``deep`` of its folders too. Empty if there is no folder."""
+    """Bytes of every file of a folder, by name; with ``deep`` of its folders too. Empty if there is no folder.
+
+    Links count as what they lead to: a snapshot in the cache of the Hugging Face hub is nothing else.
+    """
     fs, inner = _open_fs(folder)
     fs.invalidate_cache()
     root = fs._strip_protocol(inner).rstrip("/") + "/"
     found = fs.find(inner, maxdepth=None if deep else 1, detail=True)
-    return {path.removeprefix(root): info["size"] for path, info in sorted(found.items()) if info["type"] == "file"}
+    files = {path: info["size"] for path, info in sorted(found.items()) if info["type"] == "file" or fs.isfile(path)}
+    return {path.removeprefix(root): size for path, size in files.items()}
 
 
 def read_bytes(path: AnyPath, start: int | None = None, end: int | None = None) -> bytes:
@@ -152,11 +157,12 @@ def create(path: AnyPath, text: str) -> bool:
 
 
 def remove(path: AnyPath) -> None:
-    """Removes a file or a folder, if it is there."""
+    """Removes a file or a folder, if it is there; another process may be doing so too."""
     fs, inner = _open_fs(path)
     fs.invalidate_cache()
     if fs.exists(inner):
-        fs.rm(inner, recursive=True)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(inner, recursive=True)
 
 
 def kvstore(folder: AnyPath) -> dict[str, Any]:

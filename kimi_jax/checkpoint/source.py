@@ -46,6 +46,9 @@ class Source:
         config = read_config(folder)
         cfg = ModelConfig.from_hf(config)
         tensors = _text_part(safetensors.read_headers(folder))
+        tensors = {
+            name: t for name, t in tensors.items() if 0 not in t.shape
+        }  # so transformers saves no shared experts
         found = cls(str(folder), cfg, quantisation_of(config), tensors, config)
         found._check_names()
         for entry in found.entries:

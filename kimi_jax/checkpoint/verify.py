@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import xxhash
 
@@ -121,8 +122,9 @@ def _compare(left: Weights, right: Weights, entry: Entry) -> Difference:
 
 
 def _coarser(x: np.dtype, y: np.dtype) -> np.dtype:
-    """Of the two dtypes, the one with fewer bits; what has scales stands for f32."""
-    return min((F32 if dtype == fp8.E4M3 else dtype for dtype in (x, y)), key=lambda dtype: dtype.itemsize)
+    """Of the two dtypes, the one with fewer bits of mantissa; what has scales stands for f32."""
+    candidates = (F32 if dtype == fp8.E4M3 else dtype for dtype in (x, y))
+    return min(candidates, key=lambda dtype: ml_dtypes.finfo(dtype).nmant)
 
 
 def _same_bits(x: np.ndarray | None, y: np.ndarray | None) -> bool:

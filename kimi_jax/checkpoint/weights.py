@@ -136,9 +136,10 @@ class CheckpointWeights:
 
     def read(self, entry: Entry, start: int, stop: int) -> Rows:
         name = ".".join(entry.path)
-        if not entry.inputs:
-            return Rows(self.arrays.read(f"params.{name}", (*entry.index, slice(start, stop))), None)
-        values = self._matrix(f"params.{name}", entry, start, stop)
+        if entry.inputs:
+            values = self._matrix(f"params.{name}", entry, start, stop)
+        else:
+            values = self.arrays.read(f"params.{name}", (*entry.index, slice(start, stop)))
         if values.dtype != fp8.E4M3:
             return Rows(values, None)
         scale = self.arrays.read(f"scales.{name}", entry.index).T

@@ -6,6 +6,7 @@ source's directory, and for files of many documents ``#row`` after it. The held-
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -160,6 +161,8 @@ def _read_text(path: Path, key: str) -> Iterator[str]:
 def _read_jsonl(path: Path, key: str) -> Iterator[str]:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             where = f"{path}:{number}"

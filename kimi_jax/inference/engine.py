@@ -117,11 +117,21 @@ class Engine:
             return self._scheduler.take_events()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """Events of ``requests``, numbered in their order, until all have ended. The engine has no other clients."""
-        numbers = {self.submit(request): i for i, request in enumerate(requests)}
-        while self.wait(0):
-            for event in self.step():
-                yield event._replace(request=numbers[event.request])
+        """Events of ``requests``, numbered in their order, until all have ended. The engine has no other clients.
+
+        Whoever stops listening has cancelled the rest.
+        """
+        numbers: dict[int, int] = {}
+        try:
+            for i, request in enumerate(requests):
+                numbers[self.submit(request)] = i
+            while self.wait(0):
+                for event in self.step():
+                    if event.request in numbers:  # else of an earlier call that was cut short
+                        yield event._replace(request=numbers[event.request])
+        finally:
+            for id in numbers:
+                self.cancel(id)  # nothing happens to what has ended
 
     def _commit(self, leave: int) -> None:
         """Waits for steps, while others may submit and cancel, until ``leave`` are in flight."""

@@ -34,6 +34,8 @@ class Limits:
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise UserError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if math.isinf(self.age_s):
+            raise UserError("age_s must be finite: with many seconds, such as 1e9, only priorities count")
         if self.draft >= self.step_tokens:
             raise UserError(f"draft must be less than step_tokens ({self.step_tokens}), not {self.draft}")
 

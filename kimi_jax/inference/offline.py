@@ -55,6 +55,8 @@ def read(path: Path, default: Request) -> list[Job]:
                 raise UserError(f"{path}, line {number}: no JSON ({error.msg} at column {error.colno})") from error
             except UserError as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+                raise UserError(f"{path}, line {number}: {error}") from error
     if not jobs:
         raise UserError(f"{path} has no lines: give one JSON object with a prompt on each")
     return jobs

@@ -118,7 +118,7 @@ def pack(rows: Many[Row], limits: Limits, T: int, J: int) -> StepPlan:
     return StepPlan(
         tokens_BT, start_B, length_B, pages_BP, _by_shard(rows, B, limits), feed_B, drafted_B, seed_B, temperature_B,
         top_k_B, top_p_B, min_p_B, repetition_B, presence_B, frequency_B, *_extras(rows, B, J, limits),
-        _next(rows, B, T), J, MAX_LOGPROBS if any(asked) else 0,
+        _next(rows, B, T), J, min(MAX_LOGPROBS, limits.vocab_size) if any(asked) else 0,
     )  # fmt: skip
 
 

@@ -120,8 +120,8 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, to be run after those in flight; None if there is nothing to run before a ``commit``."""
         assert len(self._in_flight) < 2
-        self._refuse_late(now)
         self._admit()
+        self._refuse_late(now)
         able = [s for s in self._running if not s.done_when_known and not (s.pending and s.needs_tokens)]
         prefill, decode = [s for s in able if s.unplanned > 1], [s for s in able if s.unplanned == 1]
         rows = [] if prefill and self._decoded_last else decode_rows(self._with_room(decode), self._shards, self.limits)

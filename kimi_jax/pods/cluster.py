@@ -60,7 +60,7 @@ def _explicit(given: Sequence[str | int | None]) -> Cluster:
             raise UserError(f"several processes need {', '.join(FLAGS)}: {flag} (or {variable}) is missing")
     coordinator, *numbers = map(str, given)
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator must be HOST:PORT, not {coordinator!r}")
     for number, flag in zip(numbers, FLAGS[1:], strict=True):
         if not number.isdigit():

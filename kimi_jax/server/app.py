@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ class Server:
 async def read_json(request: Request) -> Any:
     body = await request.body()
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (ValueError, RecursionError) as error:
@@ -122,6 +123,12 @@ async def read_json(request: Request) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text} is too large")
+    return value
 
 
 def create_app(service: Service, settings: Settings | None = None) -> FastAPI:

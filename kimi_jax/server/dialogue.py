@@ -100,6 +100,8 @@ def compiled(vocabulary: Vocabulary, source: Callable[[], str], param: str) -> s
         vocabulary.compiled(found)
     except UserError as error:
         raise ApiError(400, str(error), param) from error
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ApiError(400, f"not compilable: {' '.join(str(error).split())[:200]}", param) from error
     return found
 
 

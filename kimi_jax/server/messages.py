@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kimi_jax.server.answer import Job
-from kimi_jax.server.dialogue import Dialogue, plan
+from kimi_jax.server.dialogue import Dialogue, Format, plan
 from kimi_jax.server.engine import Sampling
 from kimi_jax.server.errors import ApiError
 from kimi_jax.server.parameters import Request, StopText, token_limit
@@ -56,11 +56,16 @@ class TextBlock(_Model):
     text: str
 
 
+class OutputConfig(_Model):
+    format: dict[str, Any] | None = None
+
+
 class CountRequest(Request):
     messages: Annotated[list[Message], Field(min_length=1)]
     system: str | list[TextBlock] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
+    output_config: OutputConfig | None = None
 
 
 class MessagesRequest(CountRequest):
@@ -96,8 +101,18 @@ def dialogue_of(request: CountRequest) -> Dialogue:
         tool_choice={"auto": "auto", "none": "none"}.get(choice.type, "required"),  # type: ignore[arg-type]
         allowed=frozenset({choice.name}) if choice.type == "tool" and choice.name else None,
         parallel=choice.type != "tool" and not choice.disable_parallel_tool_use,
+        format=_format(request.output_config and request.output_config.format),
         continue_final=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
     )
+
+
+def _format(value: dict[str, Any] | None) -> Format | None:
+    match value:
+        case None:
+            return None
+        case {"type": "json_schema", "schema": schema}:
+            return Format(schema=schema, param="output_config.format.schema")
+    raise ApiError(400, "a format must be of type json_schema, with a schema", "output_config.format")
 
 
 def _tool(tool: Tool, i: int) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class SamplingFields(Request):
 def _bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
     bias = {}
     for key, value in given.items():
-        if not (key.isascii() and key.isdecimal() and int(key) < vocab_size):
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
             raise ApiError(400, f"{key!r} is no token id below {vocab_size}", "logit_bias")
         bias[int(key)] = value
     return bias

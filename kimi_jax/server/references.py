@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, unquote
 
+NAMED = {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}  # hold schemas by any name
 _VALUES = {"enum", "const", "default", "examples", "example"}  # hold data, not schemas
 
 
@@ -29,13 +30,14 @@ def resolve(root: Any, ref: str) -> Any:
     return value
 
 
-def references(value: Any) -> set[str]:
-    """Every ``$ref`` in a schema."""
+def references(value: Any, named: bool = False) -> set[str]:
+    """Every ``$ref`` in a schema, or in schemas by name."""
     if isinstance(value, list):
         return set().union(*map(references, value))
     if not isinstance(value, Mapping):
         return set()
-    found = set().union(*(references(part) for key, part in value.items() if key not in _VALUES))
+    parts = [(key, part) for key, part in value.items() if named or key not in _VALUES]
+    found = set().union(*(references(part, not named and key in NAMED) for key, part in parts))
     ref = value.get("$ref")
     return found | {ref} if isinstance(ref, str) else found
 
@@ -45,19 +47,19 @@ def rebase(root: Any) -> Any:
     return _rebase(root, [("#", root)])
 
 
-def _rebase(value: Any, enclosing: list[tuple[str, Any]]) -> Any:
+def _rebase(value: Any, enclosing: list[tuple[str, Any]], named: bool = False) -> Any:
     if isinstance(value, list):
         return [_rebase(part, [*enclosing, (_join(enclosing, str(i)), part)]) for i, part in enumerate(value)]
     if not isinstance(value, Mapping):
         return value
-    if len(enclosing) > 1 and "$id" in value:
+    if len(enclosing) > 1 and "$id" in value and not named:
         return value  # a resource of its own, whose pointers are its own
     found = {}
     for key, part in value.items():
         if key == "$ref" and isinstance(part, str):
             part = _lead(part, enclosing)
-        elif key not in _VALUES:
-            part = _rebase(part, [*enclosing, (_join(enclosing, key), part)])
+        elif named or key not in _VALUES:
+            part = _rebase(part, [*enclosing, (_join(enclosing, key), part)], not named and key in NAMED)
         found[key] = part
     return found
 

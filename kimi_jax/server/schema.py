@@ -6,16 +6,17 @@ finite value, because an answer that enters it cannot end.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from kimi_jax.errors import UserError
+from kimi_jax.server.disjoint import Disjoint
 from kimi_jax.server.finite import Finite
-from kimi_jax.server.references import rebase
+from kimi_jax.server.references import NAMED, rebase
 
 FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
-_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
 _ALTERNATIVES = {"anyOf", "oneOf"}
 _LISTS = {"allOf", "prefixItems"}
 _SINGLE = {"items", "additionalProperties"}
@@ -31,14 +32,17 @@ def normalize(schema: Any) -> Any:
         finite = Finite(schema)
         if not finite(schema):
             raise UserError("the schema has no finite value")
-        return _normalize(schema, finite)
+        return _normalize(schema, finite, Disjoint(schema))
     except RecursionError:
         raise UserError("the schema is nested too deeply") from None
 
 
-def _normalize(schema: Any, finite: Finite) -> Any:
+def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
     if not isinstance(schema, Mapping):
         return schema
+    if "$id" in schema:
+        disjoint = Disjoint(schema)
+    normal = functools.partial(_normalize, finite=finite, disjoint=disjoint)
     _check_property_count(schema)
     required = schema.get("required")
     required = set(map(str, required)) if isinstance(required, list) else set()
@@ -46,24 +50,26 @@ def _normalize(schema: Any, finite: Finite) -> Any:
     for key, value in schema.items():
         if key == "x-guidance" or (key, value) == ("uniqueItems", False):
             continue
+        if key == "format" and not isinstance(value, str):
+            raise UserError(f"a format must be a string, not {type(value).__name__}")
         if key == "format" and value not in FORMATS:
             continue
         if key == "pattern" and isinstance(value, str):
             value = _exact_pattern(value)
         if key == "patternProperties" and isinstance(value, Mapping):
             value = {_exact_pattern(pattern): part for pattern, part in value.items()}
-        if key in _MAPS and isinstance(value, Mapping):
+        if key in NAMED and isinstance(value, Mapping):
             kept = required if key == "properties" else value.keys() if key[:4] in ("$def", "defi") else set()
-            value = {
-                name: _normalize(part, finite) if name in kept or finite(part) else False
-                for name, part in value.items()
-            }
+            value = {name: normal(part) if name in kept or finite(part) else False for name, part in value.items()}
         elif key in _ALTERNATIVES and isinstance(value, list):
-            value = [_normalize(part, finite) for part in value if finite(part)]
+            parts = [part for part in value if finite(part)]
+            value = [normal(part) for part in parts]
+            if key == "oneOf" and "anyOf" not in schema and disjoint(parts):
+                key = "anyOf"
         elif key in _LISTS and isinstance(value, list):
-            value = [_normalize(part, finite) for part in value]
+            value = [normal(part) for part in value]
         elif key in _SINGLE and isinstance(value, Mapping):
-            value = _normalize(value, finite) if finite(value) else False
+            value = normal(value) if finite(value) else False
         found[key] = value
     _sound_bounds(found)
     return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,20 @@ class OptimizerConfig:
             raise UserError(f"optimizer.momentum_dtype must be bfloat16 or float32, not {self.momentum_dtype!r}")
         if self.ns_dtype not in ("bfloat16", "float32"):
             raise UserError(f"optimizer.ns_dtype must be bfloat16 or float32, not {self.ns_dtype!r}")
+        if self.ns_steps < 1:
+            raise UserError(f"optimizer.ns_steps must be at least 1, not {self.ns_steps}")
+        _check_numbers("optimizer.", self, "learning_rate", "weight_decay")
+        _check_numbers("optimizer.", self, "tau", "max_grad_norm", above=True)
+        _check_numbers("optimizer.", self, "momentum", "b1", "b2", below=1)
+
+
+def _check_numbers(section: str, config: Any, *names: str, above: bool = False, below: float = math.inf) -> None:
+    """``UserError`` for a number that is negative, not below ``below``, or, with ``above``, zero; None is none."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (0 <= value < below and (value or not above)):
+            limits = f"{'above' if above else 'at least'} 0 and {'finite' if below == math.inf else f'below {below}'}"
+            raise UserError(f"{section}{name} must be {limits}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,9 @@ class ScheduleConfig:
     final_factor: float = 0.1
     anneal_tokens: int = 0
     anneal_factor: float = 0.1
+
+    def __post_init__(self):
+        _check_numbers("schedule.", self, *(field.name for field in dataclasses.fields(self)))
 
 
 @dataclass(frozen=True)
@@ -101,9 +120,11 @@ class TrainConfig:
     sample_tokens: int = 128
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "seq_len", "accumulation", "eval_every", "checkpoint_every", "log_every"):
+        counts = ("steps", "batch_size", "seq_len", "accumulation", "log_every")
+        for name in (*counts, "eval_every", "eval_batches", "checkpoint_every", "checkpoints_kept"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        _check_numbers("", self, "balance_loss_weight", "bias_update_rate")
         if self.batch_size % self.accumulation:
             raise UserError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}")
         if self.dispatch not in ("exact", "fp8"):
@@ -152,7 +173,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     """Sets one ``--config.a.b=value``; the value is a Python literal, or else a string."""
     name, equals, text = override.removeprefix("--config.").partition("=")
     if not override.startswith("--config.") or not equals or not name:
-        raise UserError(f"unknown argument {override!r}; overrides are written --config.KEY=VALUE")
+        raise UserError(f"{override!r}: overrides are written --config.KEY=VALUE")
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -85,10 +85,12 @@ class Run:
         """
         with self._signals:
             self._train()
-        if self._must_stop:
+        if self.step == self.cfg.steps:
+            self._finish()
+        elif self.step:
             self._say(f"SIGTERM: saved after step {self.step}; the same command resumes there")
         else:
-            self._finish()
+            self._say("SIGTERM: there was nothing to save before the first step; the same command begins anew")
 
     def _train(self) -> None:
         cfg, session, signals = self.cfg, self._session, self._signals
@@ -150,7 +152,8 @@ class Run:
             nats += float(self._eval_fn(self.state.params, self._to_devices(batch)))
             count += self._count(batch)
         weight, n_bytes = np.asarray(self._total(*count)).tolist()
-        record = {"step": self.step, "loss": nats / weight, "bits_per_byte": nats / math.log(2) / n_bytes}
+        bits_per_byte = nats / math.log(2) / max(n_bytes, 1)  # text of empty documents has no bytes
+        record = {"step": self.step, "loss": nats / weight, "bits_per_byte": bits_per_byte}
         if self._writer:
             self._writer.eval(record)
         self._clock.lap()
@@ -216,6 +219,9 @@ class Run:
 
     def _open_writer(self) -> metrics.Writer:
         metrics.keep_until(self.workdir / metrics.FILE, self.step)
+        (self.workdir / metrics.CURVES).unlink(
+            missing_ok=True
+        )  # they say that the run has ended: launch/until_finished.sh
         return metrics.Writer(self.workdir, self.cfg.steps, self.step, self.cfg.log_every)
 
     def _say(self, line: str) -> None:
@@ -344,5 +350,7 @@ def train(cfg: TrainConfig, workdir: Path, session: Session | None = None) -> No
     if run.step >= cfg.steps:
         if jax.process_index() == 0:
             print(f"{workdir} is already at step {run.step} of {cfg.steps}; raise steps to train on", file=sys.stderr)
+            if not (workdir / metrics.CURVES).exists():  # the run was killed while it finished
+                metrics.plot(workdir, cfg.optimizer.tau)
         return
     run.train()

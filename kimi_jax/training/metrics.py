@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-FILE = "metrics.jsonl"
+FILE, CURVES = "metrics.jsonl", "curves.png"
 
 
 def read(path: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -137,7 +137,7 @@ def plot(workdir: Path, tau: float | None) -> Path:
     axes[1, 0].set(title="largest expert load / mean", xlabel="step")
     axes[1, 1].plot(steps, [r["learning_rate"] for r in train], lw=0.8)
     axes[1, 1].set(title="learning rate", xlabel="step")
-    path = workdir / "curves.png"
+    path = workdir / CURVES
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -52,11 +52,13 @@ def placement(cfg: TrainConfig, devices: Sequence[Any]) -> Placement:
     rows, columns = math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape["context"]
     if (cfg.batch_size // cfg.accumulation) % rows:
         raise UserError(
-            f"a microbatch of {cfg.batch_size // cfg.accumulation} sequences does not divide over {rows} devices: "
-            "change batch_size, accumulation or mesh"
+            f"a microbatch of {cfg.batch_size // cfg.accumulation} sequences does not divide over {rows} devices, the "
+            f"mesh's {' x '.join(BATCH)}: a batch_size that is a multiple of {rows * cfg.accumulation} would"
         )
     if cfg.seq_len % columns:
-        raise UserError(f"seq_len {cfg.seq_len} does not divide over mesh.context = {columns}")
+        raise UserError(
+            f"seq_len {cfg.seq_len} does not divide over mesh.context = {columns}: a multiple of {columns} would"
+        )
     state = _state(cfg, mesh)
     alone = len(devices) == 1 and devices[0].platform == "cpu"
     ops = ON_ONE_DEVICE if alone else _spread(cfg, mesh, devices[0], state.params)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kimi_jax import aot as aot_command
+from tests import command_line
+
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 from ml_collections import ConfigDict
@@ -68,11 +71,15 @@ def test_what_does_not_fit_is_refused_in_one_line_that_says_what_would(tmp_path)
     [
         (("--topology", "v9:3x3"), 1, "no topology of libtpu"),
         (("--topology", "v5p:2x2x2", "--config.mesh.data=1"), 1, "does not have the 8 devices"),
+        (("--topology", "v4:2x2x1"), 1, "is of TPU v4"),
+        (("--topology", "v5p:0x2x2"), 1, "is no topology"),
         (("--topology", "v5p:2x2x1", "--sweep", "0"), 2, "--sweep takes a number from 1 on"),
+        (("--topology", "v5p:2x2x1", "--config.steps", "3"), 2, "written --config.KEY=VALUE"),
     ],
 )
 def test_bad_requests(tmp_path, arguments, code, says):
-    run = aot(tmp_path, *arguments)
+    (tmp_path / "small.py").write_text(CONFIG)
+    run = command_line.run(aot_command, "--config", str(tmp_path / "small.py"), *arguments)
     assert run.returncode == code
     assert says in run.stderr.splitlines()[-1]
 

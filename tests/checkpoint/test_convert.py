@@ -11,10 +11,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 import kimi_jax
-from kimi_jax.checkpoint import fp8, safetensors, units
+from kimi_jax.checkpoint import arrays, convert, fp8, paths, safetensors, units
 from kimi_jax.checkpoint.convert import from_hf
+from kimi_jax.checkpoint.export import to_hf
+from kimi_jax.checkpoint.verify import verify
 from kimi_jax.errors import UserError
-from tests.checkpoint.examples import BF16, CFG, FP8, FP8_CONFIG, quantised, random_tensors, same, save_hf
+from tests.checkpoint.examples import BF16, CFG, FP8, FP8_CONFIG, quantised, random_tensors, read, same, save_hf
 
 GATE = "model.layers.1.mlp.experts.2.gate_proj.weight"
 
@@ -126,6 +128,35 @@ def test_the_layout_of_the_shards_does_not_matter(tmp_path, source, tensors):
         assert from_hf(folder, tmp_path / f"{layout}_t", "fp8")["digest"] == digest
 
 
+def test_a_quantised_embedding(tmp_path, tensors):
+    """Not in the release; its scales lie like a projection's."""
+    name = "model.embed_tokens.weight"
+    scales = np.random.default_rng(2).uniform(0.5, 2, [-(-n // 128) for n in tensors[name].shape]).astype(np.float32)
+    every = tensors | {name: tensors[name].astype(fp8.E4M3), name + "_scale_inv": scales}
+    hf = save_hf(tmp_path / "hf", every, **FP8_CONFIG, torch_dtype="bfloat16")
+    from_hf(hf, tmp_path / "t", "fp8")
+    assert verify(hf, tmp_path / "t").same
+    assert_same_trees(kimi_jax.load(tmp_path / "t", dtype="float32")[1], kimi_jax.load(hf, dtype="float32")[1])
+    to_hf(tmp_path / "t", tmp_path / "back", "fp8")
+    assert all(same(w, every[key]) for key, w in read(tmp_path / "back").items())
+
+
+def test_another_share_finishes_meanwhile(tmp_path, source, monkeypatch):
+    """Between a share's look at the target and its own first chunk."""
+    straight = from_hf(source, tmp_path / "straight", "bf16")
+
+    def overtaken(job, progress, check):
+        monkeypatch.setattr(convert, "_convert", convert_units)
+        from_hf(source, tmp_path / "t", "bf16", (0, 1))
+        return convert_units(job, progress, check)
+
+    convert_units = convert._convert
+    monkeypatch.setattr(convert, "_convert", overtaken)
+    found = from_hf(source, tmp_path / "t", "bf16", (0, 2))
+    assert found["digest"] == straight["digest"]
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["hf", "meta", "state"]
+
+
 def test_what_is_not_quantised(tmp_path):
     """f32 and f16 are kept exactly in float32, and rounded once to bf16."""
     full = random_tensors()
@@ -136,6 +167,20 @@ def test_what_is_not_quantised(tmp_path):
         assert_same_trees(kimi_jax.load(tmp_path / name)[1], kimi_jax.load(hf, dtype=name)[1])
     with pytest.raises(UserError, match="no fp8 tensors"):
         from_hf(hf, tmp_path / "fp8", "fp8")
+
+
+def test_what_a_kill_left_half_written_is_not_kept(tmp_path, source, monkeypatch):
+    def killed(*_):
+        for name in ("hf/tokenizer.json.7.unfinished", "hf/other.txt", "state/_METADATA.7.unfinished"):
+            paths.write_text(tmp_path / "t" / name, "half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(arrays, "finalise", killed)
+        from_hf(source, tmp_path / "t", "bf16")
+    from_hf(source, tmp_path / "t", "bf16")
+    assert sorted(p.name for p in (tmp_path / "t" / "hf").iterdir()) == ["config.json", "tokenizer_config.json"]
+    assert not list((tmp_path / "t").rglob("*unfinished"))
 
 
 def test_a_finished_target(tmp_path, source, capsys):

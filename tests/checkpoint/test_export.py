@@ -193,13 +193,12 @@ def test_files_beside_the_weights(tmp_path):
     assert not list((tmp_path / "back").glob("*unfinished*"))
 
 
-def test_a_run_with_a_tokenizer(tmp_path):
+@pytest.mark.parametrize("named", [".", "tiktoken.model"])
+def test_a_run_with_a_tokenizer(tmp_path, named):
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tiktoken.model").write_bytes(b"ranks")
     (tmp_path / "tok" / "notes.txt").write_text("not the tokenizer's")
-    to_hf(
-        save_run(tmp_path / "run", random_params(), tokenizer=str(tmp_path / "tok" / "tiktoken.model")), tmp_path / "hf"
-    )
+    to_hf(save_run(tmp_path / "run", random_params(), tokenizer=str(tmp_path / "tok" / named)), tmp_path / "hf")
     assert (tmp_path / "hf" / "tiktoken.model").read_bytes() == b"ranks"
     assert not (tmp_path / "hf" / "notes.txt").exists() and (tmp_path / "hf" / "generation_config.json").exists()
 

@@ -75,6 +75,10 @@ def test_two_dtypes_are_the_same_if_rounding_makes_them_so(tmp_path):
     found = verify(a, b)
     assert found.same and found.rounded == len(tensors) - 2
     assert not verify(a, b, digest=True).same
+    half = {name: w.astype(np.float16) for name, w in tensors.items()}
+    rounded_half = {name: w.astype(BF16) for name, w in half.items()}
+    pair = save_hf(tmp_path / "half", half), save_hf(tmp_path / "rounded_half", rounded_half)
+    assert verify(*pair).same and verify(*reversed(pair)).same
     off = rounded | {UP: changed(tensors, UP, 0.1)[UP].astype(BF16)}
     found = verify(save_hf(tmp_path / "c", off), a)
     assert not found.same and (found.different, found.worst) == (1, UP)

@@ -45,6 +45,11 @@ def test_files_of_many_documents(tmp_path, suffix):
     assert [d.text for d in read(renamed, format=suffix)] == [d.text for d in want]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert [d.text for d in read(tmp_path / "marked.jsonl")] == ["a", "b"]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_the_key_names_the_field(tmp_path, suffix):
     path = write(tmp_path / f"corpus.{suffix}", TEXTS, key="content")

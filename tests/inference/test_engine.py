@@ -160,6 +160,27 @@ def test_a_failing_device_ends_what_runs_and_the_engine_goes_on(monkeypatch):
     assert found[0, 0] == greedy()[2][:6]
 
 
+def test_whoever_stops_listening_leaves_nothing_behind():
+    engine, request = Engine(PARAMS, CFG, LIMITS), Request(prompt=(1, 2, 3), max_tokens=20)
+    with pytest.raises(UserError):
+        list(engine.generate([request, dataclasses.replace(request, max_tokens=1000)]))
+    events = engine.generate([request] * 3)
+    next(events)
+    events.close()
+    found = answers(list(engine.generate([request])))
+    assert found == {(0, 0): tiny.greedy(PARAMS, CFG, [[1, 2, 3]], 20)[0]}
+    assert engine.load()[:3] == (0, 0, 0)
+
+
+def test_more_logprobs_than_tokens():
+    """All of a small vocabulary, whose probabilities add up to 1."""
+    cfg = CFG.replace(vocab_size=16)
+    engine = Engine(parameters(cfg), cfg, dataclasses.replace(LIMITS, vocab_size=16))
+    request = Request(prompt=(1, 2, 3), sampling=Sampling(logprobs=20), max_tokens=1)
+    (logprob,) = [one for event in engine.generate([request]) for one in event.logprobs or ()]
+    assert len(logprob.top) == 16 and sum(np.exp(p) for _, p in logprob.top) == pytest.approx(1, abs=1e-5)
+
+
 def test_text_comes_with_a_tokenizer():
     sampling = Sampling(logit_bias={i: 100 for i in b"01"}, temperature=1.0, seed=1)
     request = Request(prompt=(1, 2), sampling=sampling, max_tokens=20)

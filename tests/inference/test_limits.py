@@ -32,7 +32,7 @@ def test_rows_are_split_evenly_and_a_request_gets_one_shard():
 @pytest.mark.parametrize(
     "name, value",
     [("n_pages", 1), ("page_size", 0), ("max_rows", 0), ("step_tokens", 5), ("draft", -1), ("draft", 40), ("shards", 0),
-     ("max_wait_s", -1.0), ("age_s", float("nan"))],
+     ("max_wait_s", -1.0), ("age_s", float("nan")), ("age_s", float("inf"))],
 )  # fmt: skip
 def test_a_limit_that_makes_no_sense_is_refused(name, value):
     with pytest.raises(UserError, match=f"{name} must be"):

@@ -45,6 +45,22 @@ def test_a_file_without_lines_or_without_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a", "id": ' + "[" * 100_000,
+        '{"prompt": "a", "max_tokens": ' + "9" * 5000 + "}",
+        '{"prompt": "a", "temperature": ' + "9" * 400 + "}",
+        '{"prompt": "a", "logit_bias": {"1": ' + "9" * 400 + "}}",
+    ],
+    ids=["deep", "long", "large", "biased"],
+)
+def test_what_python_cannot_hold_is_named_with_its_line(tmp_path, line):
+    (tmp_path / "lines").write_text('{"prompt": "good"}\n' + line)
+    with pytest.raises(UserError, match="line 2"):
+        read(tmp_path / "lines", DEFAULT)
+
+
+@pytest.mark.parametrize(
     "sizes, max_rows, rows, pages",
     [
         ([(10, 6, 1)], 64, 1, 1),  # prompt, new tokens, n

@@ -204,6 +204,12 @@ def test_what_waits_too_long_is_refused():
     assert "10 s" in str(ended[1, 0].message)
 
 
+def test_what_can_start_at_once_has_not_waited_too_long():
+    scheduler = Scheduler(dataclasses.replace(LIMITS, max_wait_s=0))
+    scheduler.submit(request([1] * 5, 4), 1.0)
+    assert scheduler.plan(2.0) is not None and not scheduler.take_events()
+
+
 def test_a_device_that_fails_ends_every_request_and_the_scheduler_goes_on():
     scheduler, device = Scheduler(LIMITS), Device(LIMITS)
     for i in range(8):

@@ -108,6 +108,14 @@ def test_bf16_weights_in_many_shards(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), b), kept, converted)
 
 
+def test_no_shared_experts(tmp_path):
+    """transformers saves them all the same, with no columns."""
+    model = build(Case(dict(n_shared_experts=0)))
+    model.save_pretrained(tmp_path)
+    tokens = some_tokens(32)
+    assert relative(logits_of(tmp_path, tokens), expected_logits(model, tokens)) <= 2e-5
+
+
 def test_a_context_longer_than_the_original(tmp_path):
     """4,200 tokens: past YaRN's original 4,096, where nothing may switch."""
     model = build(Case(dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)))

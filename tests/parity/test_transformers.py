@@ -87,7 +87,7 @@ def build(case: Case) -> DeepseekV3ForCausalLM:
     model = DeepseekV3ForCausalLM(config).float()
     with torch.no_grad():
         for p in model.parameters():
-            if p.ndim > 1:
+            if p.ndim > 1 and p.numel():
                 p.normal_(std=1.5 * p.shape[-1] ** -0.5)
             else:
                 p.uniform_(0.5, 1.5)

@@ -51,6 +51,7 @@ def test_one_process_is_no_cluster():
         (Told("a:1", None, 2), "--process .or JAX_PROCESS_ID. is missing"),
         (Told("a", 0, 2), "HOST:PORT, not 'a'"),
         (Told("a:b", 0, 2), "HOST:PORT, not 'a:b'"),
+        (Told("a:65536", 0, 2), "HOST:PORT, not 'a:65536'"),
         (Told("a:1", 2, 2), "below --processes 2, not 2"),
         (Told("a:1", -1, 2), "--process must be a number, not '-1'"),
     ],

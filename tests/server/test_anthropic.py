@@ -143,6 +143,14 @@ def test_forced_calls_validate(choice, names, single, random_server):
             jsonschema.validate(block.input, INPUT)
 
 
+def test_json_answers(random_server):
+    schema = INPUT | {"additionalProperties": False}
+    answer = random_server.anthropic().messages.create(
+        model="kimi", max_tokens=3000, messages=ASK, output_config={"format": {"type": "json_schema", "schema": schema}}
+    )
+    jsonschema.validate(json.loads(answer.content[0].text), schema)
+
+
 def test_prefill_and_blocks_without_a_channel(random_server):
     thought = {"type": "thinking", "thinking": "hm", "signature": "s"}
     messages = [
@@ -170,6 +178,8 @@ def test_count_tokens(random_server):
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}]}, "tool_use_id"),
         ({"temperature": 1.5}, "temperature"),
+        ({"output_config": {"format": {"type": "json_object"}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "not"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0]"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "nothing"}}, "tool_choice"),

@@ -10,8 +10,10 @@ import pytest
 from kimi_jax.data import tokenizer as tk
 from kimi_jax.errors import UserError
 from kimi_jax.server import grammar
+from kimi_jax.server.dialogue import compiled
+from kimi_jax.server.errors import ApiError
 from kimi_jax.server.grammar import Vocabulary, Without
-from tests.server.schemas import INT, REFUSED, SCHEMAS, S
+from tests.server.schemas import INT, REFUSED, SCHEMAS, S, obj
 from tests.server.walks import Walker, allowed
 
 
@@ -80,6 +82,91 @@ def accepts(source, text):
             return False
         matcher.accept(byte)
     return BYTES.stop_ids <= set(allowed(matcher.mask()).tolist())
+
+
+def nested(schema, depth, wrap):
+    for _ in range(depth):
+        schema = wrap(schema)
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *(nested(S, depth, lambda inner: obj(["a"], a=inner)) for depth in (64, 100, 250, 900)),
+        *({key: nested(1, 900, lambda inner: [inner])} for key in ("const", "default")),
+        *({"type": "string", "format": value} for value in (["date"], {}, None)),
+        {"type": "number", "maximum": float("inf")},
+        {"type": "array", "minItems": float("inf")},
+    ],
+    ids=lambda s: json.dumps(s)[:40],
+)
+def test_what_breaks_the_compiler_is_a_bad_request(schema):
+    with pytest.raises(ApiError) as caught:
+        compiled(BYTES, lambda: grammar.of_schema(schema), "here")
+    assert (caught.value.status, caught.value.param) == (400, "here")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def ref(name):
+    return {"$ref": f"#/$defs/{name}"}
+
+
+DEFINITIONS = {
+    "Node": obj(["next"], next={"oneOf": [ref("Node"), {"type": "null"}]}),
+    "D": obj(["t"], t={"const": "d"}, v=INT),
+    "E": obj(["t"], t=ref("Kind"), v=S),
+    "Kind": {"enum": ["e", "f"]},
+    "Either": {"oneOf": [ref("D"), ref("E")]},
+}
+VALUES = [None, True, False, 0, 1, 1.0, 2, "", "d", [], [1], {}]
+VALUES += [{"next": None}, {"next": {"next": None}}, {"next": {"next": 1}}]
+VALUES += [{"t": t} for t in ("d", "e", "f", "g", 0, 1, True)] + [{"t": "d", "v": 1}, {"t": "e", "v": 1}]
+
+
+@pytest.mark.parametrize(
+    "alternatives",
+    [
+        [ref("Node"), {"type": "null"}],
+        [ref("D"), ref("E")],
+        [ref("D"), {"type": "string"}],
+        [ref("Either"), {"type": ["null", "boolean"]}, {"type": "string"}],
+        [{"const": 1}, {"const": 2}, {"const": True}],
+        [{"const": [1]}, {"const": []}, {"enum": [{}, {"t": "d"}]}],
+        [obj(["t"], t={"const": 0}), obj(["t"], t={"const": 1}), obj(["t"], t={"const": True})],
+        [obj(["t"], t={"const": 1}), {"allOf": [ref("D")]}, ref("E")],
+    ],
+    ids=json.dumps,
+)
+def test_one_of_what_cannot_overlap(alternatives, vocabulary, tokenizer, walker):
+    items = {"type": "array", "items": {"oneOf": alternatives}, "minItems": 1, "$defs": DEFINITIONS}
+    for schema, wrap in (({"oneOf": alternatives, "$defs": DEFINITIONS}, lambda v: v), (items, lambda v: [v])):
+        source, validator = grammar.of_schema(schema), jsonschema.Draft202012Validator(schema)
+        for value in map(wrap, VALUES):
+            assert not accepts(source, json.dumps(value)) or validator.is_valid(value), value
+        whole = [value for value in map(wrap, VALUES) if "1.0" not in json.dumps(value)]  # const 1 is written 1
+        assert [v for v in whole if validator.is_valid(v) and not accepts(source, json.dumps(v))] == []
+        ids = walker.walk(vocabulary.matcher(source))
+        assert ids is None or validator.is_valid(json.loads(tokenizer.decode(ids)))
+
+
+@pytest.mark.parametrize(
+    "alternatives",
+    [
+        [ref("D"), ref("D")],
+        [ref("D"), {"type": "object"}],
+        [ref("Kind"), {"type": "string"}],
+        [{"const": 1}, {"const": 1.0}],
+        [{"type": "integer"}, {"const": 1.5}],
+        [{"properties": {"t": {"const": t}}, "required": ["t"]} for t in "de"],
+        [ref("D"), obj(t={"const": "e"})],
+        [ref("D"), {"$ref": "#/$defs/missing"}],
+    ],
+    ids=json.dumps,
+)
+def test_one_of_what_may_overlap_is_refused(alternatives):
+    with pytest.raises(UserError):
+        BYTES.compiled(grammar.of_schema({"oneOf": alternatives, "$defs": DEFINITIONS}))
 
 
 def test_lenient_ignores_what_cannot_be_enforced():

@@ -38,6 +38,34 @@ def test_references_are_those_of_schemas():
     assert references({"$ref": "#/a", "anyOf": [{"$ref": "#/b"}], "const": {"$ref": "#/c"}}) == {"#/a", "#/b"}
 
 
+NAMES = ["enum", "const", "default", "example", "examples", "properties", "$defs", "$id", "$ref"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("key", ["properties", "patternProperties", "dependentSchemas", "$defs", "definitions"])
+def test_names_that_look_like_keywords_hold_schemas(key, name):
+    assert references({key: {name: {"$ref": "#/a"}}}) == {"#/a"}
+    inner = {key: {name: {"$ref": f"#/{key}/x"}, "x": {}}}
+    assert rebase({"items": inner})["items"][key][name] == {"$ref": f"#/items/{key}/x"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_properties_named_like_keywords_work(name, vocabulary, tokenizer):
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "array", "items": {"$ref": f"#/$defs/{name}"}, "minItems": 1}},
+        "required": [name],
+        "additionalProperties": False,
+        "$defs": {name: {"$ref": "#/$defs/A"}, "A": {"enum": [1, "x"]}},
+    }
+    walker, outer = Walker(tokenizer, seed=3), {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
+    for source, unwrapped in ((schema, lambda value: value), (outer, lambda value: value[0])):
+        ids = walker.walk(vocabulary.matcher(grammar.of_schema(source)))
+        assert ids is not None
+        value = unwrapped(json.loads(tokenizer.decode(ids)))
+        jsonschema.Draft202012Validator(schema).validate(value)
+
+
 def test_pointers_that_lead_somewhere_stay():
     for schema in SCHEMAS:
         assert rebase(schema) == schema

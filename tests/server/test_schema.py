@@ -1,9 +1,14 @@
 """What normalising a schema takes out, keeps and refuses; which schemas have a finite value."""
 
+import itertools
+import random
+
+import jsonschema
 import pytest
 
 from kimi_jax.errors import UserError
 from kimi_jax.server import schema as schemas
+from kimi_jax.server.disjoint import Disjoint
 from kimi_jax.server.finite import Finite
 
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
@@ -93,6 +98,64 @@ def test_endless_parts_are_closed_off():
     assert schemas.normalize(schema)["properties"] == {"a": False, "b": INTEGER}
     schema = with_endless({"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/e"}, INTEGER]}})
     assert schemas.normalize(schema)["items"] == {"anyOf": [INTEGER]}
+
+
+def random_schema(rng, depth=3):
+    """Of the parts by which alternatives are told apart, and some by which they are not."""
+    inner = [lambda: random_schema(rng, depth - 1)] * 2
+    schema = {}
+    for key, value in {
+        "type": lambda: rng.choice(["object", "integer", "number", "boolean", ["object", "null"], ["string", "array"]]),
+        "const": lambda: rng.choice(ATOMS),
+        "enum": lambda: rng.sample(ATOMS, 3),
+        "properties": lambda: {name: make() for name, make in zip("ab", inner, strict=True)},
+        "required": lambda: rng.sample("abc", 2),
+        "$ref": lambda: rng.choice(["#/$defs/x", "#/$defs/y", "#/$defs/z"]),
+        "allOf": lambda: [make() for make in inner],
+        "anyOf": lambda: [make() for make in inner],
+        "oneOf": lambda: [make() for make in inner],
+        "minimum": lambda: 1,
+    }.items():
+        if rng.random() < (0.2 if depth else 0.1) and (depth or key in ("type", "const", "enum")):
+            schema[key] = value()
+    return schema
+
+
+ATOMS = [None, True, False, 0, 1, 1.0, "", "x", [], [1], [True], {}, {"a": 1}]
+PLAIN = [*ATOMS, *({"a": a, "b": b} for a, b in itertools.product(ATOMS, ATOMS))]
+
+
+def test_no_value_fits_two_of_what_is_disjoint():
+    rng, found = random.Random(0), 0
+    for _ in range(200):
+        defs = {"x": random_schema(rng), "y": random_schema(rng), "z": {}}
+        parts = [random_schema(rng), random_schema(rng)]
+        root = {"oneOf": parts, "$defs": defs}
+        if not Disjoint(root)(parts):
+            continue
+        found += 1
+        both = jsonschema.Draft202012Validator({"allOf": parts, "$defs": defs})
+        try:
+            assert not any(map(both.is_valid, PLAIN)), root
+        except RecursionError:  # a reference to itself
+            pass
+    assert found > 30
+
+
+def test_one_of_stays_where_its_name_is_needed():
+    pointed_at = {"oneOf": [STRING, INTEGER], "properties": {"a": {"$ref": "#/oneOf/0"}}}
+    beside_another = {"oneOf": [STRING, INTEGER], "anyOf": [STRING, INTEGER]}
+    many = {"oneOf": [{"const": i} for i in range(1000)]}
+    own = {"$defs": {"a": {"$id": "own", "oneOf": [{"$ref": "#/$defs/b"}, STRING]}, "b": INTEGER}}
+    inside = {"oneOf": [{"$id": "own", "$ref": "#/$defs/b"}, STRING], "$defs": {"b": INTEGER}}
+    for schema in (pointed_at, beside_another, many, own, inside):
+        assert schemas.normalize(schema) == schema
+
+
+def test_alternatives_that_share_definitions_are_judged_fast():
+    defs = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)} | {"d60": INTEGER}
+    parts = [{"$ref": "#/$defs/d0"}, STRING]
+    assert schemas.normalize({"oneOf": parts, "$defs": defs})["anyOf"] == parts
 
 
 def test_counting_properties():

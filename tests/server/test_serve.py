@@ -14,7 +14,8 @@ import httpx
 import openai
 import pytest
 
-from kimi_jax import presets
+from kimi_jax import presets, serve
+from tests import command_line
 from tests.checkpoint.examples import random_tensors, save_hf
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def command(*arguments: str) -> list[str]:
     ],
 )
 def test_bad_requests(arguments, code, says):
-    run = subprocess.run(command(*arguments), cwd=ROOT, env=ENV, capture_output=True, text=True)
+    run = command_line.run(serve, *arguments)
     assert run.returncode == code, run.stderr
     assert says in run.stderr.splitlines()[-1]
 
@@ -47,7 +48,7 @@ def test_a_checkpoint_answers(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ("--checkpoint", str(tmp_path / "hf"), "--tokenizer", "bytes", "--port", str(port), "--api-key", "k")
-    arguments += ("--max-model-len", "512", "--cache-tokens", "1024", "--max-rows", "4")
+    arguments += ("--max-model-len", "4096", "--cache-tokens", "1024", "--max-rows", "4")
     with subprocess.Popen(command(*arguments), cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True) as process:
         url = f"http://127.0.0.1:{port}"
         for _ in range(600):
@@ -63,6 +64,9 @@ def test_a_checkpoint_answers(tmp_path):
         assert first.choices[0].text == again.choices[0].text and first.usage.prompt_tokens == 2
         streamed = client.completions.create(**ask, stream=True)  # type: ignore[call-overload]
         assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == first.choices[0].text
+        assert client.models.retrieve("kimi_jax").max_model_len == 1025  # the last token is in no cache
+        message = {"role": "user", "content": "a" * 900}
+        assert client.chat.completions.create(model="kimi_jax", messages=[message]).usage.completion_tokens > 0
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=url + "/v1", api_key="wrong", max_retries=0).models.list()
         process.send_signal(signal.SIGTERM)

@@ -8,6 +8,8 @@ import pytest
 from kimi_jax.data.detokenizer import Detokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.server import grammar
+from kimi_jax.server.dialogue import Dialogue, plan
+from kimi_jax.server.errors import ApiError
 from kimi_jax.server.template import CALL_BEGIN, SECTION_BEGIN, SECTION_END
 from kimi_jax.server.tool_constraint import ToolCalls, ToolRules
 from kimi_jax.server.tool_parser import MARKERS, Answer, ToolParser
@@ -90,6 +92,37 @@ def test_unsupported_arguments_are_refused_before_any_token(vocabulary):
     unsupported = grammar.of_schema({"type": "object", "not": {}}, lenient=False)
     with pytest.raises(UserError, match="not"):
         ToolCalls(vocabulary, ToolRules({"count": rules().arguments["count"], "bad": unsupported}, 0))
+
+
+def deep(depth):
+    schema = CITY
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [*map(deep, (62, 63, 64, 250)), {"properties": {"a": {"format": []}}}, {"minProperties": 10**400}],
+    ids=lambda p: json.dumps(p)[:30],
+)
+def test_arguments_that_break_the_compiler(parameters, vocabulary, tokenizer, walker):
+    function = {"name": "f", "parameters": parameters}
+
+    def planned(choice, **options):
+        tools = [{"type": "function", "function": function | options}]
+        return plan(Dialogue([{"role": "user", "content": "x"}], tools, choice), tokenizer, vocabulary)
+
+    for refused in (lambda: planned("required"), lambda: planned("auto", strict=True)):
+        with pytest.raises(ApiError) as caught:
+            refused()
+        assert (caught.value.status, caught.value.param) == (400, "tools[0].function.parameters")
+    constraint = planned("auto").constraint
+    assert constraint
+    calls = constraint()
+    calls.accept(tokenizer.special_ids[SECTION_BEGIN])
+    for call in answer_of(walker.walk(calls), tokenizer).calls:
+        assert isinstance(json.loads(call.arguments), dict)
 
 
 def test_every_schema_as_the_type_of_one_argument(vocabulary, tokenizer, walker):

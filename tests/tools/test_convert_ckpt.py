@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import command_line
 from tests.checkpoint.examples import FP8_CONFIG, quantised, random_tensors, save_hf
+from tools import convert_ckpt
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,8 +77,9 @@ def test_shares_are_counted_from_0_or_1(tmp_path, source):
         (["inspect", "nowhere"], 1, "nowhere"),
     ],
 )
-def test_errors_are_one_line(tmp_path, arguments, code, message):
-    done = run(*arguments, cwd=tmp_path)
+def test_errors_are_one_line(tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    done = command_line.run(convert_ckpt, *arguments)
     assert done.returncode == code and message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("python tools/convert_ckpt.py")
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.test_run import CONFIG, ROOT, command, losses, one_line, train
+from tests.training.test_run import CONFIG, ROOT, command, losses, one_line, train, train_here
 
 EVERY = 3
 
@@ -142,6 +142,6 @@ def test_a_full_disk_is_said_once_and_training_goes_on(config, uninterrupted, tm
 
 def test_bad_settings(config, tmp_path):
     (tmp_path / "file").touch()
-    message = one_line(train(config, tmp_path / "run", copies_in(tmp_path / "file")))
+    message = one_line(train_here(config, tmp_path / "run", copies_in(tmp_path / "file")))
     assert f"cannot write {tmp_path}/file" in message and not (tmp_path / "run").exists()
-    assert "emergency.every" in one_line(train(config, tmp_path / "run", "--config.emergency.every=0"))
+    assert "emergency.every" in one_line(train_here(config, tmp_path / "run", "--config.emergency.every=0"))

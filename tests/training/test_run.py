@@ -9,9 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 import pytest
+
+from kimi_jax import train as train_command
+from kimi_jax.training import loop
+from tests import command_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +50,11 @@ def command(config: Path, workdir: Path, *overrides: str) -> list[str]:
 def train(config: Path, workdir: Path, *overrides: str, path: str = "") -> subprocess.CompletedProcess:
     env, line = {**os.environ, "PYTHONPATH": path}, command(config, workdir, *overrides)
     return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def train_here(config: Path, workdir: Path, *overrides: str) -> subprocess.CompletedProcess:
+    with unittest.mock.patch.object(loop, "keep_freed_memory"):  # not in the process of all tests
+        return command_line.run(train_command, *command(config, workdir, *overrides)[3:])
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -118,8 +128,21 @@ def test_sigterm_saves_and_says_how_to_resume(config, uninterrupted, tmp_path):
 
 
 def test_a_finished_run_says_so(config, uninterrupted):
+    (uninterrupted / "curves.png").unlink()  # as if killed after the last checkpoint
     done = train(config, uninterrupted)
     assert done.returncode == 0 and "already at step 40" in done.stderr
+    assert (uninterrupted / "curves.png").stat().st_size > 10_000
+
+
+def test_sigterm_in_the_last_step_lets_the_run_finish(config, uninterrupted, tmp_path, monkeypatch):
+    def evaluate_and_stop(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(run)
+
+    evaluate = loop.Run.evaluate
+    monkeypatch.setattr(loop.Run, "evaluate", evaluate_and_stop)
+    done = train_here(config, tmp_path, "--config.steps=1")
+    assert done.returncode == 0 and "SIGTERM" not in done.stdout and (tmp_path / "curves.png").exists()
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:
@@ -164,19 +187,19 @@ def test_non_finite_loss_can_be_skipped(config, tmp_path):
     ],
 )
 def test_bad_config(config, tmp_path, overrides, expected):
-    assert expected in one_line(train(config, tmp_path / "run", *overrides))
+    assert expected in one_line(train_here(config, tmp_path / "run", *overrides))
     assert not (tmp_path / "run").exists()
 
 
 def test_empty_corpus(config, tmp_path):
     (tmp_path / "empty.txt").touch()
-    message = one_line(train(config, tmp_path / "run", f"--config.data.sources=['{tmp_path}/empty.txt']"))
+    message = one_line(train_here(config, tmp_path / "run", f"--config.data.sources=['{tmp_path}/empty.txt']"))
     assert "empty.txt" in message or "no text" in message
 
 
 def test_unwritable_workdir(config, tmp_path):
     (tmp_path / "file").touch()
-    assert "cannot write" in one_line(train(config, tmp_path / "file" / "run"))
+    assert "cannot write" in one_line(train_here(config, tmp_path / "file" / "run"))
 
 
 def test_help_has_examples():
