@@ -18,7 +18,8 @@ GREEDY_BELOW = 1e-5  # a temperature under this would overflow f32 and means the
 
 
 def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
-    is_number, exact = isinstance(value, Real) and not isinstance(value, bool), value  # no float: it may be too large
+    exact: Any = value  # no float: it may be too large
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not low <= exact <= high or (above and exact == low):
         raise UserError(f"{name} must be a number {'above' if above else 'from'} {low} to {high}, not {value!r}")
 
