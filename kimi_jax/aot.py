@@ -16,7 +16,7 @@ from kimi_jax import cli
 PROG = "python -m kimi_jax.aot"
 EXAMPLES = f"""\
   {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x8
-  {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x16 --config.mesh.fsdp=16 --json report.json
+  {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x16 --config.mesh.fsdp=8 --json report.json
   {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x8 --slices 2     # mesh.data between the slices
   {PROG} --config configs/kimi_k2_1t.py --topology tpu7x:4x8x8 --sweep 3    # compiles the best 3 of all choices
   {PROG} --config configs/kimi_k2_1t.py --topology v5p:8x8x8 --config.model.num_hidden_layers=4 --fast --dump-hlo hlo

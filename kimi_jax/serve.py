@@ -62,7 +62,7 @@ def answer(args, session: Session) -> None:
         from kimi_jax.server.engine_thread import EngineThread
         from kimi_jax.server.service import Service
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'kimi_jax[serve]'") from error
+        raise UserError(f"{error.name} is not installed: pip install '.[serve]' in the checkout") from error
     from kimi_jax.inference import cache
     from kimi_jax.inference.limits import Limits
     from kimi_jax.inference.start import load_to_serve

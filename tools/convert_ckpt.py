@@ -63,7 +63,7 @@ def add_from_hf(commands) -> None:
         help="this host's share of the work: I = 0..N-1, or 1..N (N/N is the same as 0/N)",
     )
     p.add_argument("--dry-run", action="store_true", help="plan only: names, bytes per host, peak memory per worker")
-    p.add_argument("--report", metavar="FILE", help="JSON; default: TARGET.report.json")
+    p.add_argument("--report", metavar="FILE", help="JSON; default: TARGET.report.json, or TARGET.report-I-of-N.json")
     p.set_defaults(run=from_hf)
 
 

@@ -29,7 +29,7 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     except Exception as error:
         first = str(error).partition("\n")[0][:200]
         if "not installed" in first:
-            raise UserError("libtpu is not installed: pip install 'kimi_jax[aot]'") from error
+            raise UserError("libtpu is not installed: pip install '.[aot]' in the checkout") from error
         raise UserError(f"{name!r} is no topology of libtpu, {EXAMPLES} ({first})") from error
     kind = devices[0].device_kind
     if not kind.startswith(tuple(CHIPS)):

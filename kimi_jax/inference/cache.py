@@ -51,12 +51,19 @@ def padded(x: Array, X: int) -> Array:
 def write(
     cache_LPGX: Array, layer: Array | int, new_BTX: Array, pages_BP: Array, start_B: Array, length_B: Array
 ) -> Array:
-    """Stores the first ``length`` new tokens of every row in one layer, from position ``start`` on."""
+    """Stores the first ``length`` new tokens of every row in one layer, from position ``start`` on.
+
+    What is beyond the range of an eight-bit cache becomes its largest number: its cast alone would make it NaN.
+    """
     G, i_T = cache_LPGX.shape[2], jnp.arange(new_BTX.shape[1])
     position_BT = start_B[:, None] + i_T
     page_BT = jnp.take_along_axis(pages_BP, jnp.minimum(position_BT // G, pages_BP.shape[1] - 1), axis=1)
     page_BT = jnp.where(i_T < length_B[:, None], page_BT, 0)
-    new_BTX = padded(new_BTX, cache_LPGX.shape[-1]).astype(cache_LPGX.dtype)
+    new_BTX = padded(new_BTX, cache_LPGX.shape[-1])
+    if cache_LPGX.dtype.itemsize == 1:
+        most = float(jnp.finfo(cache_LPGX.dtype).max)
+        new_BTX = jnp.clip(new_BTX, -most, most)
+    new_BTX = new_BTX.astype(cache_LPGX.dtype)
     return cache_LPGX.at[layer, page_BT, position_BT % G].set(new_BTX)
 
 

@@ -60,6 +60,6 @@ def _tokamax() -> Any:
         from tokamax._src.ops.experimental.tpu import splash_attention
         from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
     except ImportError as error:
-        raise UserError("attention on TPU needs tokamax: pip install 'kimi_jax[tpu]'") from error
+        raise UserError("attention on TPU needs tokamax: pip install '.[tpu]' in the checkout") from error
     del splash_attention_kernel, splash_attention_mask
     return splash_attention

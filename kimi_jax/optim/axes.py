@@ -66,7 +66,7 @@ def match(params: Any, axes: Any) -> Any:
 def _by_name(path, leaf) -> Layout:
     keys = re.findall(r"\w+", jax.tree_util.keystr(path).lower())
     hidden = not any(NOT_HIDDEN.fullmatch(key) for key in keys)
-    return Layout(MATRIX) if leaf.ndim == 2 and hidden else Layout(ELEMENTWISE)
+    return Layout(MATRIX) if leaf.ndim == 2 and leaf.size and hidden else Layout(ELEMENTWISE)
 
 
 def _by_axes(path: str, leaf: Array, axes: Axes, split_fused: bool) -> Layout:
@@ -75,7 +75,7 @@ def _by_axes(path: str, leaf: Array, axes: Axes, split_fused: bool) -> Layout:
     stack = next((i for i, axis in enumerate(axes) if axis not in STACKS), len(axes))
     inner = axes[stack:]
     sides = len(inner) - (HEADS in inner)
-    if VOCAB in axes or sides < 2:
+    if VOCAB in axes or sides < 2 or not leaf.size:
         return Layout(ELEMENTWISE)
     if any(axis in STACKS for axis in inner):
         raise ValueError(f"parameter {path}: stack axes must come first in {axes}")

@@ -232,7 +232,7 @@ def _transform(
             return step.astype(p.dtype)
 
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
-        paths, ps = zip(*flat, strict=True)
+        paths, ps = [path for path, _ in flat], [p for _, p in flat]
         kinds, gs, firsts, seconds = (
             tree.flatten_up_to(t) for t in (layouts(params), grads, state.momentum, state.second)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import platform
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,8 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "gra
 
 def facts(config: Mapping[str, Any], workdir: Path | None) -> dict[str, str]:
     """Versions, a digest of our own sources, and every entry of the resolved config: the roll call compares them."""
-    found = {f"version of {name}": _version(name) for name in PACKAGES}
+    found = {"version of Python": platform.python_version()}
+    found |= {f"version of {name}": _version(name) for name in PACKAGES}
     return found | {"source code of kimi_jax": _sources(), "--workdir": str(workdir)} | _flat(config, "config")
 
 

@@ -184,7 +184,7 @@ def train_step(
     limit = cfg.optimizer.max_grad_norm
     scale = 1.0 if limit is None else jnp.minimum(1.0, limit / jnp.maximum(grad_norm, 1e-12))
     grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), sums.grads)
-    old = state._replace(step=state.step + 1)
+    old, taken = state._replace(step=state.step + 1), state.opt_state.count
 
     def updated(grads: Params) -> tuple[TrainState, Array]:
         found = optimizer(cfg, ops).update(grads, state.opt_state, state.params, max_logits=sums.max_logits_LN)
@@ -202,7 +202,7 @@ def train_step(
         balance_loss=sums.balance_loss,
         grad_norm=grad_norm,
         update_rms=update_rms,
-        learning_rate=learning_rate(cfg)(old.step - 1),
+        learning_rate=learning_rate(cfg)(taken),  # skipped steps do not count
         finite=finite,
         max_logits_LN=sums.max_logits_LN,
         heads_ever_clipped=jnp.mean(state.opt_state.ever_clipped),

@@ -38,6 +38,14 @@ def test_what_is_written_at_a_position_is_gathered_there(page_size):
     assert not np.asarray(pages)[:, unused].any()
 
 
+def test_eight_bits_hold_what_is_too_large_as_their_largest_number():
+    pages = cache.init(CFG, 2, 4, dtype="float8_e4m3fn")
+    new = jnp.asarray([600, -1e9, 448, 0.5, -0.25, 1, 465], jnp.float32)[None, None]
+    one = np.asarray([[1]]), np.asarray([0]), np.asarray([1])
+    found = cache.gather(cache.write(pages, 0, new, *one), 0, jnp.asarray([[1]]))
+    assert np.asarray(found[0, 0, :7], np.float32).tolist() == [448, -448, 448, 0.5, -0.25, 1, 448]
+
+
 def test_the_memory_of_a_token_of_the_released_model():
     """576 numbers in each of 61 layers: 70,272 bytes in bf16."""
     assert cache.n_bytes(presets.kimi_k2_1t(), 3, 64) == 3 * 64 * 70_272

@@ -159,6 +159,15 @@ def test_parameters_are_required(make):
         optimizer.update(grads, optimizer.init(params), max_logits=MAXIMA)
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_trees_and_leaves_without_elements(name):
+    optimizer = FAMILY[name](LR)
+    for shapes in ({}, {"a": (0, 4), "b": (4, 0), "c": (0,), "d": ()}):
+        params = {key: jnp.zeros(shape) for key, shape in shapes.items()}
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        assert jax.tree.map(jnp.shape, updates, is_leaf=lambda x: False) == shapes
+
+
 def test_gradients_of_another_structure_are_refused(make):
     """Leaves are never paired by position alone."""
     params, grads = inputs()

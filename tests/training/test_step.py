@@ -26,7 +26,7 @@ MODEL = presets.tiny().replace(
 CFG = TrainConfig(
     MODEL,
     optimizer=OptimizerConfig(learning_rate=1e-2, ns_dtype="float32", max_grad_norm=0.3),
-    schedule=ScheduleConfig(warmup_steps=0),
+    schedule=ScheduleConfig(warmup_steps=0, decay_tokens=480),
     batch_size=4,
     seq_len=12,
     balance_loss_weight=0.1,
@@ -117,6 +117,7 @@ def test_a_step_is_gradients_clipping_optimizer_and_bias(whole):
 
     clipped = jax.tree.map(lambda g: g * np.float32(0.3 / norm), whole.grads)
     update = jax.jit(optimizer(CFG).update)
+    np.testing.assert_allclose(metrics.learning_rate, 1e-2, rtol=1e-6)  # the optimizer's first step; five were skipped
     updates, _ = update(clipped, state.opt_state, state.params, max_logits=whole.max_logits_LN)
     expected = optax.apply_updates(state.params, updates)
     expected["moe_layers"]["moe"]["router"].pop("bias")
