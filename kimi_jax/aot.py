@@ -43,8 +43,9 @@ def main() -> None:
     served.add_argument("--past", type=int, default=1536, metavar="N", help="tokens of each in the cache (1536)")
     served.add_argument("--width", type=int, default=128, metavar="N", help="prefill: new tokens of each (128)")
     served.add_argument("--weights", choices=("bf16", "fp8", "int8"), default="fp8", help="on the devices (fp8)")
-    dtypes = ("bfloat16", "float32", "float8_e4m3fn")
-    served.add_argument("--cache-dtype", choices=dtypes, default="bfloat16", help="of the latent cache (bfloat16)")
+    served.add_argument(
+        "--cache-dtype", choices=cli.CACHE_DTYPES, default="bfloat16", help="of the latent cache (bfloat16)"
+    )
     args, overrides = parser.parse_with_overrides()
     if args.phase != "train" and (args.sweep is not None or args.slices != 1):
         parser.error("--sweep and --slices are for training")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from kimi_jax.errors import one_line
 
+CACHE_DTYPES = ("bfloat16", "float32", "float8_e4m3fn")  # for the flags that name that of the latent cache
+
 
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` with ``--verbose``, examples in the help, and errors on one line."""

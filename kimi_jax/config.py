@@ -152,7 +152,7 @@ class ModelConfig:
         _refuse_unsupported(config)
         names = {f.name for f in dataclasses.fields(cls)} - {"rope", "dtype", "param_dtype", "remat", "experts"}
         values: dict[str, Any] = {name: config[name] for name in names if config.get(name) is not None}
-        if "n_shared_experts" in config and config["n_shared_experts"] is None:
+        if config.get("n_shared_experts", 1) is None:
             values["n_shared_experts"] = 0
         values["rope"] = _rope_from_hf(config)
         stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")

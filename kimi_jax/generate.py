@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--max-rows", type=int, default=64, help="answers that are generated at once")
     parser.add_argument("--cache-tokens", type=int, help="that the latent cache holds; default: what the prompts need")
     parser.add_argument("--weights", choices=("fp8", "int8"), help="on the device; default: as they are computed with")
-    parser.add_argument("--cache-dtype", choices=("bfloat16", "float32", "float8_e4m3fn"), help="of the latent cache")
+    parser.add_argument("--cache-dtype", choices=cli.CACHE_DTYPES, help="of the latent cache")
     parser.add_processes()
     args = parser.parse_args()
     if args.max_new_tokens < 1 or args.max_rows < 1 or (args.cache_tokens is not None and args.cache_tokens < 1):
@@ -91,9 +91,8 @@ def generate(args, session: Session) -> None:
                 return show(args.prompt, events)
             progress = Progress(len(jobs))
             for answer in offline.answers(jobs, progress.watch(events)):
-                line = json.dumps(
-                    answer, ensure_ascii=False
-                )  # an id may hold half a surrogate pair, which UTF-8 cannot
+                line = json.dumps(answer, ensure_ascii=False)
+                # An id may hold half a surrogate pair, which UTF-8 cannot.
                 out.write(line.encode(errors="backslashreplace").decode() + "\n")
                 out.flush()
                 progress.answered()

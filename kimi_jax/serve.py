@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--max-rows", type=int, default=64, help="answers that are generated at once")
     parser.add_argument("--cache-tokens", type=int, default=65536, help="that the latent cache holds")
     parser.add_argument("--weights", choices=("fp8", "int8"), help="on the device; default: as they are computed with")
-    parser.add_argument("--cache-dtype", choices=("bfloat16", "float32", "float8_e4m3fn"), help="of the latent cache")
+    parser.add_argument("--cache-dtype", choices=cli.CACHE_DTYPES, help="of the latent cache")
     parser.add_processes()
     args = parser.parse_args()
 

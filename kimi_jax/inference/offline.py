@@ -53,9 +53,7 @@ def read(path: Path, default: Request) -> list[Job]:
                 jobs.append(_job(number, json.loads(line), default))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: no JSON ({error.msg} at column {error.colno})") from error
-            except UserError as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
-            except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+            except (ValueError, RecursionError) as error:  # a UserError; a number of 5,000 digits; 100,000 brackets
                 raise UserError(f"{path}, line {number}: {error}") from error
     if not jobs:
         raise UserError(f"{path} has no lines: give one JSON object with a prompt on each")

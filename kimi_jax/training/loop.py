@@ -219,9 +219,8 @@ class Run:
 
     def _open_writer(self) -> metrics.Writer:
         metrics.keep_until(self.workdir / metrics.FILE, self.step)
-        (self.workdir / metrics.CURVES).unlink(
-            missing_ok=True
-        )  # they say that the run has ended: launch/until_finished.sh
+        # Curves say that a run has ended: see launch/until_finished.sh.
+        (self.workdir / metrics.CURVES).unlink(missing_ok=True)
         return metrics.Writer(self.workdir, self.cfg.steps, self.step, self.cfg.log_every)
 
     def _say(self, line: str) -> None:
