@@ -57,10 +57,18 @@ def match(params: Any, axes: Any) -> Any:
             raise ValueError(f"axes of parameter {key} are {names[key]!r}, but its shape is {leaf.shape}")
         return names.pop(key)
 
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=_empty):
+        if _empty(node):
+            names.pop(jax.tree_util.keystr(path), None)
     matched = [look_up(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
     if names:
         raise ValueError(f"axes names parameters that do not exist: {', '.join(names)}")
     return jax.tree.unflatten(jax.tree.structure(params), matched)
+
+
+def _empty(node: Any) -> bool:
+    """A part of the tree without parameters, such as what ``optax.masked`` puts in the place of those it hides."""
+    return isinstance(node, tuple) and not node
 
 
 def _by_name(path, leaf) -> Layout:

@@ -73,7 +73,7 @@ def muon_clip(
     momentum_dtype: Any | None = None,
     nesterov: bool = True,
     ns_steps: int = 5,
-    ns_dtype: Any = jnp.bfloat16,
+    ns_dtype: Any = "bfloat16",
     weight_decay: float = 0.1,
     rms: float = 0.2,
     tau: float | None = 100.0,
@@ -82,7 +82,7 @@ def muon_clip(
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
-    orthogonalise: Callable[[Array, Layout, float, int, Any], Array] = orthogonalised,
+    orthogonalise: Callable[[Array, Layout, float, int, Any], Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The MuonClip transform: ``update(grads, state, params, max_logits=S)``, S [layers, heads] of this step's forward.
 
@@ -97,7 +97,10 @@ def muon_clip(
     ``orthogonalise``: takes the place of ``orthogonalised``, for matrices that lie spread over devices; leaves that are
     ``alike`` come as one.
     ``tau``: QK-Clip's threshold; ``None`` turns it off. Under gradient accumulation S is the maximum over microbatches.
+    Rows of S are attention layers, each the module whose children are its projections, in the order of their paths,
+    "layer_2" before "layer_10".
     """
+    orthogonalise = orthogonalise or orthogonalised
 
     def matrix_updates(grads: list[Array], buffers: list[Array], layout: Layout) -> list[Array]:
         directions = [momentum * b + g if nesterov else b for g, b in zip(grads, buffers, strict=True)]

@@ -8,15 +8,19 @@ The shared rotary key and the values are not touched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kimi_jax.dims import HEADS, LAYERS, Array, Fused, is_axes
+from kimi_jax.dims import HEADS, LAYERS, Array, Axes, Fused
 
 SCALES: Mapping[str, Callable[[Array], Array]] = {"nope": jnp.sqrt, "rope": lambda g: g}  # by part; others stay
+ALONE = ("kernel", "value")  # Flax's names of a projection's only leaf
+
+Path = tuple[Any, ...]  # of ``jax.tree_util``
 
 
 class Clipped(NamedTuple):
@@ -32,29 +36,42 @@ class Clipped(NamedTuple):
 def clipped_leaves(axes: Any, params: Any) -> tuple[dict[str, Clipped], tuple[int, int]]:
     """Which leaves QK-Clip acts on, by path, and the shape [L, N] of ``max_logits``.
 
-    A leaf counts if its axes end with HEADS and a ``Fused`` axis that has a part named in SCALES. Leaves with the
-    same parent belong to the same attention layers. Rows follow the order in which the parents occur in the tree.
+    A leaf counts if its axes end with HEADS and a ``Fused`` axis that has a part named in SCALES. Leaves of the same
+    module belong to the same attention layers. Rows follow the modules' paths, numbers in them by their value.
     """
-    found: dict[str, Clipped] = {}
-    rows: dict[str, tuple[int, int]] = {}
-    total = heads = 0
-    leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
-    for (path, names), (_, leaf) in zip(leaves, jax.tree_util.tree_leaves_with_path(params), strict=True):
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    of_module: dict[Path, list[tuple[Path, Axes, Array]]] = {}
+    for (path, leaf), names in zip(leaves, tree.flatten_up_to(axes), strict=True):
         last = names[-1] if names else None
         if len(names) < 2 or names[-2] != HEADS or not isinstance(last, Fused):
             continue
-        if not any(part in SCALES for part, _ in last.parts):
-            continue
-        parent, stacked = jax.tree_util.keystr(path[:-1]), names[0] == LAYERS
-        n_layers = leaf.shape[0] if stacked else 1
-        if parent not in rows:
-            rows[parent] = (total, n_layers)
-            total += n_layers
-        if rows[parent][1] != n_layers or (heads and heads != leaf.shape[-2]):
-            raise ValueError(f"{jax.tree_util.keystr(path)}: number of layers or heads differs from its siblings'")
-        heads = leaf.shape[-2]
-        found[jax.tree_util.keystr(path)] = Clipped(rows[parent][0], n_layers, stacked, leaf.ndim - 2, last.parts)
+        if any(part in SCALES for part, _ in last.parts):
+            of_module.setdefault(_module(path), []).append((path, names, leaf))
+    found: dict[str, Clipped] = {}
+    total = heads = 0
+    for module in sorted(of_module, key=_natural):
+        expected = None
+        for path, names, leaf in of_module[module]:
+            stacked, key = names[0] == LAYERS, jax.tree_util.keystr(path)
+            n_layers = leaf.shape[0] if stacked else 1
+            if expected not in (None, n_layers) or heads not in (0, leaf.shape[-2]):
+                raise ValueError(f"{key}: number of layers or heads differs from its siblings'")
+            expected, heads = n_layers, leaf.shape[-2]
+            found[key] = Clipped(total, n_layers, stacked, leaf.ndim - 2, names[-1].parts)
+        total += expected or 0
     return found, (total, heads)
+
+
+def _module(path: Path) -> Path:
+    """Where the projections of an attention layer lie side by side: above the leaf and what it is alone in."""
+    while len(path) > 1 and jax.tree_util.keystr(path[-1:], simple=True) in ALONE:
+        path = path[:-1]
+    return path[:-1]
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    pieces = re.findall(r"\d+|\D+", jax.tree_util.keystr(path, simple=True, separator="/"))
+    return [(piece.isdigit(), int(piece) if piece.isdigit() else 0, piece) for piece in pieces]
 
 
 def clip_factors(max_logits_LN: Array, tau: float) -> Array:

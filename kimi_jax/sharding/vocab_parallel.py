@@ -94,7 +94,7 @@ def _loss(
     overall_M = lax.pmax(max_M, "tensor")
     lse_M = overall_M + jnp.log(lax.psum(sum_M * jnp.exp(max_M - overall_M), "tensor"))
     each_M = weights_M * (lse_M - lax.psum(target_M, "tensor"))
-    return lax.psum(jnp.sum(jnp.where(weights_M > 0, each_M, 0)), over_tokens), lse_M
+    return lax.psum(jnp.sum(jnp.where(weights_M != 0, each_M, 0)), over_tokens), lse_M
 
 
 def _loss_and_gradients(
@@ -108,7 +108,7 @@ def _loss_and_gradients(
         logits_MV, whole_DV, first = _logits(over_D, x_MD, head_DV, chunk, n)
         hit_MV = first + jnp.arange(logits_MV.shape[1]) == targets_M[:, None]
         dlogits_MV = weights_M1 * (jnp.exp(logits_MV - lse_M[:, None]) - hit_MV)
-        dlogits_MV = jnp.where(weights_M1 > 0, dlogits_MV, 0).astype(x_MD.dtype)
+        dlogits_MV = jnp.where(weights_M1 != 0, dlogits_MV, 0).astype(x_MD.dtype)
         dhead_DV = weight_gradient("MD,MV->DV", x_MD, dlogits_MV)
         dhead_DV = lax.psum_scatter(dhead_DV, over_D, scatter_dimension=0, tiled=True)
         return dx_MD + product("MV,DV->MD", dlogits_MV, whole_DV), dhead_DV

@@ -100,7 +100,7 @@ class Run:
         self._eval_fn = jax.jit(partial(eval_step, cfg, ops=self._place.ops))
         batches = self._train_data.iter_rows(self.step, self._rows.loaded)
         tracer = Tracer(cfg.pods, self.workdir / "traces", signals)
-        self._peak: float | None = None
+        self._peak = peak_flops() if self._reports else math.inf
         self._writer = self._open_writer() if self._reports else None
         self._clock = metrics.Clock()
         unreported: Unreported | None = None
@@ -236,8 +236,6 @@ class Run:
             self._not_finite(step, found)
         if not self._writer:
             return
-        if self._peak is None:
-            self._peak = peak_flops()
         seconds = self._clock.lap()
         tokens = cfg.tokens_per_step
         flops = training_flops_per_token(cfg.model, cfg.seq_len) * tokens / seconds

@@ -35,7 +35,7 @@ def _chunk_loss(chunk, head_DV: Array):
     logits_MV = product("MD,DV->MV", x_MD, head_DV)
     lse_M = jax.nn.logsumexp(logits_MV, axis=-1)
     target_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
-    return jnp.sum(jnp.where(weights_M > 0, weights_M * (lse_M - target_M), 0)), logits_MV, lse_M
+    return jnp.sum(jnp.where(weights_M != 0, weights_M * (lse_M - target_M), 0)), logits_MV, lse_M
 
 
 def _forward(x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array):
@@ -49,7 +49,7 @@ def _forward(x_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array)
         loss, logits_MV, lse_M = _chunk_loss(chunk, head)
         probs_MV = jnp.exp(logits_MV - lse_M[:, None])
         hit_MV = jnp.arange(V) == targets_M[:, None]
-        dlogits_MV = jnp.where(weights_M[:, None] > 0, weights_M[:, None] * (probs_MV - hit_MV), 0).astype(x_MD.dtype)
+        dlogits_MV = jnp.where(weights_M[:, None] != 0, weights_M[:, None] * (probs_MV - hit_MV), 0).astype(x_MD.dtype)
         dhead_DV += weight_gradient("MD,MV->DV", x_MD, dlogits_MV)
         return (total + loss, dhead_DV), product("MV,DV->MD", dlogits_MV, head)
 

@@ -39,15 +39,14 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def _tensorboard() -> type:
-    """Of tensorboardX, which imports torch wherever it is installed, for seconds, to know its tensors by their type."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  # an import says that there is none
+    """Of tensorboardX, which imports these wherever they are installed, for seconds: to know tensors and remote folders."""
+    hidden = [name for name in ("torch", "boto3", "google.cloud.storage") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType]  # an import says that there is none
     try:
         from tensorboardX import SummaryWriter
     finally:
-        if hidden:
-            del sys.modules["torch"]
+        for name in hidden:
+            del sys.modules[name]
     return SummaryWriter
 
 

@@ -77,7 +77,8 @@ class Whole(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> Whole:
-        return cls(jnp.maximum(jnp.sum(batch.weights), 1.0), jnp.maximum(_sequences(batch), 1.0))
+        total = jnp.sum(batch.weights)
+        return cls(jnp.where(total > 0, total, 1.0), jnp.maximum(_sequences(batch), 1.0))
 
 
 class Sums(NamedTuple):

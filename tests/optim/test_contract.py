@@ -202,3 +202,31 @@ def test_under_masked(optimizer):
     np.testing.assert_array_equal(updates["a"], want["a"])
     np.testing.assert_array_equal(updates["b"], want["b"])
     np.testing.assert_array_equal(updates["c"], params["c"])
+
+
+def test_empty_nodes_and_masks_with_axes():
+    """What is hidden, or never was a parameter, needs no axes and may have them; two groups act as one would."""
+    params, grads = inputs()
+    plain = {"attn", "experts"}
+    wanted_optimizer = FAMILY["muon_clip"](LR, weight_decay=0.0)
+    want, _ = wanted_optimizer.update(grads, wanted_optimizer.init(params), params, max_logits=MAXIMA)
+    group = FAMILY["muon_clip"](LR, weight_decay=0.0)
+    labels = {key: jax.tree.map(lambda _, key=key: key in plain, params[key]) for key in params}
+    labels["none"], params["none"], grads["none"] = (), (), ()
+    both = optax.multi_transform({True: group, False: adamw(LR, axes=AXES, weight_decay=0.0)}, labels)
+    updates, _ = both.update(grads, both.init(params), params, max_logits=MAXIMA)
+    assert updates.pop("none") == ()
+    jax.tree.map(np.testing.assert_array_equal, updates, want)
+
+
+@pytest.mark.parametrize("make_any", [muon_clip, adamw])
+def test_the_rate_can_be_injected(make_any):
+    """``optax.inject_hyperparams``: the usual way to change a rate during a run."""
+    params, grads = {"w": jnp.ones((3, 4)), "b": jnp.ones(2)}, {"w": jnp.ones((3, 4)), "b": jnp.ones(2)}
+    injected = optax.inject_hyperparams(make_any)(learning_rate=LR)
+    state = injected.init(params)
+    state.hyperparams["learning_rate"] *= 2
+    updates, _ = jax.jit(injected.update)(grads, state, params)
+    plain = make_any(2 * LR)
+    want, _ = jax.jit(plain.update)(grads, plain.init(params), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, want)

@@ -221,3 +221,17 @@ def test_siblings_must_agree():
     axes = {name: ("embed", "heads", Fused((("nope", 6),))) for name in params}
     with pytest.raises(ValueError, match=r"\['q'\].*heads"):
         muon_clip(1e-3, tau=TAU, axes=axes).init(params)
+
+
+@pytest.mark.parametrize("leaf", [lambda w: w, lambda w: {"kernel": w}], ids=["plain", "flax"])
+def test_layers_that_are_not_stacked_count_by_their_numbers(leaf):
+    """Sorted as text, "layer_10" would come before "layer_2" and be clipped in its place."""
+    names, sharp = [f"layer_{i}" for i in range(12)], 2
+    params = {name: {"query": leaf(jnp.ones((3, 1, 2))), "key": leaf(jnp.ones((3, 1, 2)))} for name in names}
+    axes = jax.tree.map(lambda _: ("embed", "heads", Fused((("nope", 2),))), params)
+    optimizer = adamw(0.0, tau=TAU, axes=axes)
+    maxima = jnp.ones((12, 1)).at[sharp].set(4 * TAU)
+    updates, _ = optimizer.update(params, optimizer.init(params), params, max_logits=maxima)
+    for name in names:
+        for update in jax.tree.leaves(updates[name]):
+            np.testing.assert_allclose(update, -0.5 if name == f"layer_{sharp}" else 0.0, rtol=1e-6)

@@ -14,12 +14,13 @@ B, T, D, V = 2, 7, 6, 11
 
 
 def inputs():
-    """Numbers that bf16 holds exactly; two weights are 0."""
+    """Numbers that bf16 holds exactly; two weights are 0, two negative."""
     rng = np.random.default_rng(0)
     exact = lambda a: np.asarray(a.astype(jnp.bfloat16), np.float64)  # noqa: E731
     x, head = exact(rng.standard_normal((B, T, D))), exact(rng.standard_normal((D, V)))
     targets, weights = rng.integers(0, V, (B, T)), exact(rng.uniform(0.5, 2, (B, T)))
     weights[0, 3] = weights[1, 6] = 0
+    weights[0, 5], weights[1, 1] = -0.5, -1.0
     return x, head, targets, weights
 
 
