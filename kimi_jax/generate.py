@@ -60,6 +60,8 @@ def main() -> None:
         parser.error("--max-new-tokens, --max-rows and --cache-tokens must be at least 1")
     if args.output and not args.batch:
         parser.error("--output is for the answers to --batch")
+    if args.output and args.batch.resolve() in (args.output.resolve(), unfinished(args.output.resolve())):
+        parser.error("--output would take the place of --batch: give it another name")
     from kimi_jax.pods import serving
 
     with serving.joined(PROG, args) as session:
@@ -116,16 +118,23 @@ def whole(path: Path | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    part = path.with_name(path.name + ".part")
     if path.is_dir():
         raise UserError(f"--output: {path} is a directory")
+    special = path.exists() and not path.is_file()  # a pipe or a device is written to as it is
+    path = path if special else path.resolve()  # a link stays one
+    written = path if special else unfinished(path)
     try:
-        file = open(part, "w", encoding="utf-8")
+        file = open(written, "w", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--output: cannot write {part}: {error.strerror}") from error
+        raise UserError(f"--output: cannot write {written}: {error.strerror}") from error
     with file:
         yield file
-    part.replace(path)
+    if not special:
+        written.replace(path)
+
+
+def unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 class Progress:

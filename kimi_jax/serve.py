@@ -68,6 +68,9 @@ def answer(args, session: Session) -> None:
     from kimi_jax.inference.start import load_to_serve
     from kimi_jax.pods.serving import leading
 
+    if "" in args.api_key:
+        raise UserError("an --api-key is empty: is the variable set that it came from?")
+    run.check_free(args.host, args.port)
     model = load_to_serve(args.checkpoint, args.tokenizer, args.dtype, args.weights)
     cfg, page_size = model.cfg, cache.page_size(args.cache_dtype or model.cfg.dtype)
     limits = Limits(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -174,6 +176,29 @@ def test_a_line_for_which_there_is_no_room_is_named_before_anything_runs(
     with pytest.raises(UserError, match=message):
         run(monkeypatch, *given, "--max-new-tokens", 5)
     assert not output.exists()
+
+
+def test_answers_go_where_a_link_or_a_pipe_leads(checkpoint, monkeypatch, tmp_path):
+    path, there = write(tmp_path / "prompts.jsonl", [{"prompt": "ab"}]), tmp_path / "there.jsonl"
+    given = ["--checkpoint", checkpoint, "--batch", path, "--tokenizer", "bytes", "--max-new-tokens", 5]
+    (tmp_path / "link").symlink_to(there)
+    run(monkeypatch, *given, "--output", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and json.loads(there.read_text())["line"] == 1
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        run(monkeypatch, *given, "--output", tmp_path / "pipe")
+        assert read.result(60) == there.read_text()
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["prompts.part", "prompts"])
+def test_answers_do_not_take_the_place_of_the_prompts(monkeypatch, capsys, tmp_path, name):
+    path = write(tmp_path / "prompts.part", [{"prompt": "ab"}])
+    (tmp_path / name).touch()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--checkpoint", "none", "--batch", path, "--output", tmp_path / name)
+    assert "--output would take the place" in capsys.readouterr().err and path.read_text()
 
 
 def test_a_prompt_that_is_too_long_is_refused(checkpoint, monkeypatch):

@@ -55,7 +55,8 @@ class Sequence:
         self.seen: dict[int, int] = {}  # token -> how often it was sampled; kept for penalties alone
         if request.sampling.penalised:
             self.seen = dict.fromkeys(request.prompt if request.sampling.repetition_penalty != 1 else (), 0)
-        self.drafter = Drafter(request.prompt) if limits.draft and request.grammar is None else None
+        self._drafts = bool(limits.draft) and request.grammar is None
+        self._drafter: Drafter | None = None  # from the first draft on: a long prompt's takes a second
         self._words = -(-limits.vocab_size // 32)
         self.grammar = request.grammar() if request.grammar else None
         self.mask = self._read_mask()
@@ -81,10 +82,14 @@ class Sequence:
     @property
     def needs_tokens(self) -> bool:
         """Whether a step cannot be planned before all tokens are known: they decide what may follow, or the draft."""
-        return self.grammar is not None or self.drafter is not None or self.request.sampling.penalised
+        return self.grammar is not None or self._drafts or self.request.sampling.penalised
 
     def draft(self, most: int) -> list[int]:
-        return self.drafter.propose(min(most, self.last - len(self.tokens) - 1)) if self.drafter else []
+        if not self._drafts:
+            return []
+        if self._drafter is None:
+            self._drafter = Drafter(self.tokens)
+        return self._drafter.propose(min(most, self.last - len(self.tokens) - 1))
 
     def append(self, tokens: list[int], logprobs: list[Logprob]) -> Event:
         """Takes over sampled tokens up to the first that ends the text; what is new of them for the client."""
@@ -108,8 +113,8 @@ class Sequence:
                 if finish:
                     break
         new = tuple(self.tokens[before:])
-        if self.drafter is not None:
-            self.drafter.extend(new)
+        if self._drafter is not None:
+            self._drafter.extend(new)
         if self.request.sampling.penalised:
             for token in new:
                 self.seen[token] = self.seen.get(token, 0) + 1

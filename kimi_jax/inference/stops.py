@@ -31,6 +31,10 @@ class StopStrings:
         self._held = seen[shown:]
         return seen[:shown]
 
+    def would_meet(self, text: str) -> bool:
+        """Whether a stop string would be complete with ``text``."""
+        return self.met is None and any(matcher.completes(text) for matcher in self._matchers)
+
     def finish(self) -> str:
         """What was held back, when no more text comes."""
         text, self._held = self._held, ""
@@ -50,6 +54,14 @@ class _Matcher:
     def feed(self, char: str) -> bool:
         self.n_matched = self._next(self.n_matched, char)
         return self.n_matched == len(self.stop)
+
+    def completes(self, text: str) -> bool:
+        n = self.n_matched
+        for char in text:
+            n = self._next(n, char)
+            if n == len(self.stop):
+                return True
+        return False
 
     def _next(self, n: int, char: str) -> int:
         while n and self.stop[n] != char:

@@ -94,6 +94,9 @@ class Reader:
                 found.append(event)
             elif text := self._stops.feed(event.text):
                 found.append(Text(text))
+        space = self._parser.withheld if self._parser else ""
+        if space and self._stops.would_meet(space) and (text := self._stops.feed(space)):
+            found.append(Text(text))
         return found
 
 

@@ -140,11 +140,11 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
     _add_operations(app, server)
     _add_errors(app)
     _add_schemas(app)
-    if settings.cors_origins:
+    app.add_middleware(Gate, settings.api_keys, settings.max_body_bytes, server.metrics.answered)  # type: ignore[arg-type]
+    if settings.cors_origins:  # before the gate: a browser's question whether it may ask carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Gate, settings.api_keys, settings.max_body_bytes, server.metrics.answered)  # type: ignore[arg-type]
     return app
 
 

@@ -103,19 +103,19 @@ def _tool_name(tool: Any) -> str:
     raise ApiError(400, "an allowed tool must name a function", "tool_choice")
 
 
-def response_format(value: dict[str, Any] | None) -> Format | None:
+def response_format(value: Any, param: str = "response_format") -> Format | None:
     match value:
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
             return Format(schema={"type": "object"})
         case {"type": "json_schema", "json_schema": {"schema": schema}}:
-            return Format(schema=schema, param="response_format.json_schema.schema")
+            return Format(schema=schema, param=f"{param}.json_schema.schema")
         case {"type": "json_schema", "json_schema": {}}:
             return Format(schema={})
         case {"type": "regex", "pattern": str(pattern)}:
-            return Format(regex=pattern, param="response_format.pattern")
-    raise ApiError(400, "response_format must be of type text, json_object, json_schema or regex", "response_format")
+            return Format(regex=pattern, param=f"{param}.pattern")
+    raise ApiError(400, f"{param} must be of type text, json_object, json_schema or regex", param)
 
 
 def structured_outputs(value: dict[str, Any] | None) -> Format | None:

@@ -79,11 +79,16 @@ class CompletionCall:
         )
         return Job(ids, sampling, request.n or 1, tuple(request.stop), parse=False)
 
-    def _usage(self, ends: Sequence[End]) -> dict[str, Any]:
+    def _usage(self, ends: Sequence[tuple[int, End]]) -> dict[str, Any]:
+        """Of all answers, by number. Those of one prompt read it once."""
         prompt = sum(len(job.prompt_ids) for job in self.jobs)
-        output = sum(end.output_tokens for end in ends)
+        output = sum(end.output_tokens for _, end in ends)
+        cached = [0] * len(self.jobs)
+        for index, end in ends:
+            job = index // self.jobs[0].n
+            cached[job] = max(cached[job], end.cached_tokens)
         found = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-        return {**found, "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in ends)}}
+        return {**found, "prompt_tokens_details": {"cached_tokens": sum(cached)}}
 
     async def body(self, parts: Parts) -> dict[str, Any]:
         texts = [self._echoed(job) for job in self._answers]
@@ -108,7 +113,7 @@ class CompletionCall:
             if self.request.return_token_ids:
                 choice |= {"token_ids": ids[i], "prompt_token_ids": list(self._answers[i].prompt_ids)}
             choices.append(choice)
-        return {**self._head, "choices": choices, "usage": self._usage([end for end in ends if end])}
+        return {**self._head, "choices": choices, "usage": self._usage([(i, end) for i, end in enumerate(ends) if end])}
 
     async def events(self, parts: Parts) -> AsyncIterator[bytes]:
         options = self.request.stream_options
@@ -130,7 +135,7 @@ class CompletionCall:
                 if not texts[index] and not (ids and self.request.return_token_ids):
                     continue
             else:
-                ends.append(part)
+                ends.append((index, part))
                 reason = part.reason
             choice = {"index": index, "text": texts[index], "finish_reason": reason, "logprobs": None}
             if self.request.logprobs is not None:

@@ -138,6 +138,8 @@ def declared(tools: Sequence[Any]) -> dict[str, Mapping[str, Any]]:
             raise ApiError(400, "a description must be a string", f"{where}.function.description")
         if not isinstance(function.get("parameters", {}), Mapping | None):
             raise ApiError(400, "parameters must be a JSON schema", f"{where}.function.parameters")
+        if not isinstance(function.get("strict", False), bool | None):
+            raise ApiError(400, "strict must be true or false", f"{where}.function.strict")
         found[name] = function
     return found
 

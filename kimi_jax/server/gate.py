@@ -48,7 +48,7 @@ class Keys:
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         given = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         digest = hashlib.sha256(given).digest()
-        return any([hmac.compare_digest(digest, known) for known in self._digests])  # all are compared
+        return bool(given) and any([hmac.compare_digest(digest, known) for known in self._digests])  # all are compared
 
 
 class Gate:

@@ -72,7 +72,7 @@ class MessagesRequest(CountRequest):
     max_tokens: Annotated[int, Field(ge=1)]
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop_sequences: Annotated[list[StopText], Field(max_length=64)] | None = None
     stream: bool | None = None
 
@@ -126,11 +126,17 @@ def _tool(tool: Tool, i: int) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+def _said(block: Block, where: str) -> str:
+    if block.text is None:
+        raise ApiError(400, "a text block needs its text", f"{where}.text")
+    return block.text
+
+
 def _assistant(blocks: Sequence[Block], where: str) -> dict[str, Any]:
     texts, calls = [], []
     for j, block in enumerate(blocks):
         if block.type == "text":
-            texts.append(block.text or "")
+            texts.append(_said(block, f"{where}[{j}]"))
         elif block.type == "tool_use":
             if not block.name:
                 raise ApiError(400, "a tool_use block needs a name", f"{where}[{j}].name")
@@ -145,7 +151,7 @@ def _user(blocks: Sequence[Block], where: str) -> Iterator[dict[str, Any]]:
     texts: list[str] = []
     for j, block in enumerate(blocks):
         if block.type == "text":
-            texts.append(block.text or "")
+            texts.append(_said(block, f"{where}[{j}]"))
         elif block.type == "tool_result":
             if texts:
                 yield {"role": "user", "content": "".join(texts)}

@@ -31,7 +31,7 @@ class Request(BaseModel):
 class SamplingFields(Request):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None  # -1 and 0: all
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # -1 and 0: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -71,7 +71,7 @@ def _bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     include_usage: bool | None = None
 

@@ -20,6 +20,7 @@ from kimi_jax.server.service import Service
 
 Item = dict[str, Any]
 _ROLES = {"user", "assistant", "system", "developer"}
+_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # field of a part, by type
 
 
 class ResponsesRequest(Request):
@@ -103,9 +104,12 @@ def _messages(items: Sequence[Item]) -> list[dict[str, Any]]:
             name, call_id = item.get("name"), item.get("call_id")
             if not isinstance(name, str) or not name or not isinstance(call_id, str):
                 raise ApiError(400, "a function_call needs a name and a call_id", where)
+            arguments = item.get("arguments") or ""
+            if not isinstance(arguments, str | dict):
+                raise ApiError(400, "arguments must be a string of JSON, or an object", f"{where}.arguments")
             if not open_turn:
                 found.append({"role": "assistant", "content": None})
-            call = {"id": call_id, "function": {"name": name, "arguments": str(item.get("arguments") or "")}}
+            call = {"id": call_id, "function": {"name": name, "arguments": arguments}}
             found[-1].setdefault("tool_calls", []).append(call)
             open_turn = True
         elif kind == "function_call_output":
@@ -126,7 +130,8 @@ def _text(content: Any, where: str) -> str:
         raise ApiError(400, "content must be a string or a list of parts", where)
     texts = []
     for j, part in enumerate(content):
-        text = part.get("text", part.get("refusal")) if isinstance(part, dict) else None
+        field = _TEXTS.get(str(part.get("type", "text"))) if isinstance(part, dict) else None
+        text = part.get(field) if field else None
         if not isinstance(text, str):
             raise ApiError(400, "this model reads text only", f"{where}[{j}].type")
         texts.append(text)
@@ -145,7 +150,7 @@ def _format(text: dict[str, Any] | None) -> Format | None:
     given = (text or {}).get("format")
     if isinstance(given, dict) and given.get("type") == "json_schema":
         given = {"type": "json_schema", "json_schema": {key: given[key] for key in given.keys() - {"type"}}}
-    found = response_format(given)
+    found = response_format(given, "text.format")
     return dataclasses.replace(found, param="text.format.schema") if found else None
 
 

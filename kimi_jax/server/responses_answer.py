@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from kimi_jax.server.answer import End, Part, Step
@@ -27,6 +27,7 @@ class ResponsesCall:
         self._tokenizer, self._dialogues = service.tokenizer, dialogues
         self._id, self._created = new_id("resp_"), int(time.time())
         self._output: list[dict[str, Any]] = []
+        self._unshown: list[Token] = []  # whose text has not come yet
 
     async def body(self, parts: Parts) -> dict[str, Any]:
         found = self._response("in_progress")
@@ -58,13 +59,13 @@ class ResponsesCall:
     def _events(self, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(part, Step):
             return
-        tokens = part.tokens
+        self._unshown += [token for token in part.tokens if token.id not in self.jobs[0].sampling.stop_ids]
         for event in part.events:
             if isinstance(event, Text) or self._calls:
-                yield from self._event(event, tokens)
-                tokens = ()
+                yield from self._event(event, self._unshown)
+                self._unshown = []
 
-    def _event(self, event: Event, tokens: tuple[Token, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _event(self, event: Event, tokens: Sequence[Token]) -> Iterator[tuple[str, dict[str, Any]]]:
         match event:
             case Text(text):
                 if not self._output or self._output[-1]["type"] != "message":
@@ -84,7 +85,7 @@ class ResponsesCall:
             case CallEnd():
                 yield from self._close("completed")
 
-    def _scores(self, tokens: tuple[Token, ...]) -> list[dict[str, Any]]:
+    def _scores(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
         if self.jobs[0].sampling.logprobs is None:
             return []
         return chat_logprobs(self._tokenizer, tokens)["content"]

@@ -17,6 +17,7 @@ from kimi_jax.server.finite import Finite
 from kimi_jax.server.references import NAMED, rebase
 
 FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+_MINUTES = {"time": r"^\d\d:\d\d:[0-5]", "date-time": r"[Tt]\d\d:\d\d:[0-5]"}  # second 60 is rarely a time
 _ALTERNATIVES = {"anyOf", "oneOf"}
 _LISTS = {"allOf", "prefixItems"}
 _SINGLE = {"items", "additionalProperties"}
@@ -50,6 +51,8 @@ def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
     for key, value in schema.items():
         if key == "x-guidance" or (key, value) == ("uniqueItems", False):
             continue
+        if key == "propertyNames" and value in (True, {}, {"type": "string"}):
+            continue
         if key == "format" and not isinstance(value, str):
             raise UserError(f"a format must be a string, not {type(value).__name__}")
         if key == "format" and value not in FORMATS:
@@ -71,6 +74,8 @@ def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
         elif key in _SINGLE and isinstance(value, Mapping):
             value = normal(value) if finite(value) else False
         found[key] = value
+    if found.get("format") in _MINUTES:
+        found["allOf"] = [*found.get("allOf", []), {"pattern": _MINUTES[found["format"]]}]
     _sound_bounds(found)
     return found
 
@@ -78,14 +83,14 @@ def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
 _STEP = 1e-9
 _NUL = re.compile(r"\\(x00|u0000|0|x\{0+\})")
 _PATTERN_PARTS = re.compile(r"\\.|\[\^?|.", re.DOTALL)
-_WIDE = {r"\w": r"\w\p{L}\p{M}\p{N}", r"\d": r"\d\p{N}"}
+_WIDE = {r"\w": r"\w\p{L}\p{M}\p{N}", r"\d": r"\d\p{N}", r"\W": "[^A-Za-z0-9_]", r"\D": "[^0-9]"}
 
 
 def _exact_pattern(pattern: str) -> str:
     r"""``pattern`` narrowed to what every dialect matches.
 
-    What is negated counts ``\w`` and ``\d`` as Unicode does, the rest as ASCII; and it leaves out NUL, because the
-    compiler lets a class that holds NUL match the escapes of quote and backslash, too.
+    What is negated counts ``\w`` and ``\d`` as Unicode does, the rest as ASCII, and so what is negated twice; and it
+    leaves out NUL, because the compiler lets a class that holds NUL match the escapes of quote and backslash, too.
     """
     if _NUL.search(pattern):
         raise UserError(f"the pattern {pattern!r} speaks of NUL, which cannot be enforced")
@@ -96,10 +101,10 @@ def _exact_pattern(pattern: str) -> str:
             part += r"\x00" if part == "[^" else ""
         elif part == "]" and len(negated) > 1:
             negated.pop()
-        elif part in (r"\W", r"\D"):
-            part = rf"[^\x00{_WIDE[part.lower()]}]"
         elif negated[-1]:
             part = _WIDE.get(part, part)
+        elif part in (r"\W", r"\D"):
+            part = rf"[^\x00{_WIDE[part.lower()]}]"
         found += part
     return found
 

@@ -103,7 +103,7 @@ def content_text(content: str | Sequence[Mapping[str, Any]] | None) -> str:
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) else None
-        if not isinstance(text, str):
+        if not isinstance(text, str) or part.get("type", "text") != "text":
             kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
             raise UserError(f"content part of type {kind!r}: this model reads text only")
         texts.append(text)

@@ -93,6 +93,11 @@ class ToolParser:
         self._held = self._space = ""
         return self._take()
 
+    @property
+    def withheld(self) -> str:
+        """White space after the text that is part of it, unless a call follows."""
+        return self._space if self._state is _State.TEXT and not self._calls else ""
+
     def _take(self) -> list[Event]:
         events, self._events = self._events, []
         return events

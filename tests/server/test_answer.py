@@ -48,12 +48,21 @@ def test_text_ends_before_the_stop_that_is_complete_first(text, stops):
         ("aab", ["aac"], "aab", None),
         ("né😀x", ["😀"], "né", "😀"),
         ("ab\n", ["\n\n"], "ab\n", None),
+        ("ab\n\n\n\ncd", ["\n\n"], "ab", "\n\n"),
+        ("ab\n \ncd", [" "], "ab\n", " "),
     ],
 )
 def test_stop_texts(text, stops, shown, met):
     for parse in (True, False):
         answer, found = read(text, stops, parse)
         assert (answer.content, found) == (shown, met)
+
+
+def test_a_stop_of_white_space_needs_nothing_after_it():
+    """What the parser would drop before a call is text until the call is there."""
+    reader = Reader(BYTES, ["\n"])
+    assert [reader.feed(i) for i in BYTES.encode("Hi")] == [[Text("H")], [Text("i")]]
+    assert reader.feed(BYTES.encode("\n")[0]) == [] and reader.met == "\n"
 
 
 def test_stop_texts_do_not_look_into_arguments():

@@ -1,5 +1,7 @@
 """Completions: ids in and out, echo with prompt scores as evaluation harnesses use them."""
 
+import json
+
 import pytest
 
 from kimi_jax.data import tokenizer as tk
@@ -87,6 +89,16 @@ def test_usage_at_the_end_of_a_stream(random_server):
     )
     assert chunks[-1].choices == [] and chunks[-1].usage.prompt_tokens == 3
     assert chunks[-1].usage.total_tokens == 3 + chunks[-1].usage.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_share_what_was_cached_of_their_prompt(stream, serve_text):
+    """The engine of the tests has two tokens of every prompt."""
+    ask = {"prompt": ["abc", "defg"], "n": 3, "stream": stream, "stream_options": {"include_usage": True}}
+    with serve_text("ab") as server:
+        text = server.post("/v1/completions", ask).text
+    usage = json.loads(text.split("data: ")[-2] if stream else text)["usage"]
+    assert (usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]) == (7, 4)
 
 
 @pytest.mark.parametrize(

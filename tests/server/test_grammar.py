@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import jsonschema
 import numpy as np
@@ -35,6 +36,22 @@ def test_values_validate(schema, vocabulary, tokenizer, walker):
         value = json.loads(tokenizer.decode_bytes(ids).decode("utf-8"))
         jsonschema.Draft202012Validator(schema).validate(value)
     assert finished
+
+
+@pytest.mark.parametrize(
+    ("schema", "fits"),
+    [
+        ({"type": "string", "pattern": r"^[^\W\d_]+$", "maxLength": 3}, lambda s: re.fullmatch("[A-Za-z]+", s)),
+        ({"type": "string", "format": "time"}, lambda s: int(s[6:8]) < 60),
+        ({"type": "string", "format": "date-time"}, lambda s: int(s[17:19]) < 60),
+    ],
+    ids=["letters", "time", "date-time"],
+)
+def test_what_dialects_and_readers_disagree_on(schema, fits, vocabulary, tokenizer, walker):
+    """ECMAScript's word is ASCII; second 60 is a time at 23:59 UTC alone, and many a reader takes none."""
+    texts = [walker.walk(vocabulary.matcher(grammar.of_schema(schema))) for _ in range(60)]
+    texts = [json.loads(tokenizer.decode_bytes(ids).decode("utf-8")) for ids in texts if ids]
+    assert len(texts) > 20 and all(fits(text) for text in texts)
 
 
 @pytest.mark.parametrize("schema", REFUSED, ids=lambda s: json.dumps(s)[:60])

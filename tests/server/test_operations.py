@@ -97,6 +97,22 @@ def test_keys(serve):
         assert httpx.get(server.url + "/health").status_code == 200
 
 
+def test_browsers_ask_without_a_key(serve):
+    """What they may do, in a request that never carries one."""
+    with serve(FakeEngine(), api_keys=("k",), cors_origins=("http://x.com",)) as server:
+        asks = {"origin": "http://x.com", "access-control-request-method": "POST"}
+        answer = httpx.options(server.url + CHAT, headers=asks)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "http://x.com")
+        refused = server.post(CHAT, ASK, headers={"origin": "http://x.com"})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "http://x.com")
+
+
+def test_an_empty_key_is_none(serve):
+    with serve(FakeEngine(), api_keys=("",)) as server:
+        assert server.post(CHAT, ASK).status_code == 401
+        assert server.post(CHAT, ASK, headers={"x-api-key": ""}).status_code == 401
+
+
 def test_large_bodies(serve):
     with serve(FakeEngine(), max_body_bytes=1000) as server:
         large = {**ASK, "user": "x" * 1000}

@@ -130,6 +130,18 @@ def test_log_probabilities(serve_text):
         assert [entry.token for entry in answer.output[0].content[0].logprobs] == ["a", "b"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_whose_text_comes_later_keep_their_log_probabilities(stream, serve_text):
+    with serve_text("a b é <x") as server:
+        ask = dict(model="kimi", input="x", top_logprobs=1, include=["message.output_text.logprobs"])
+        answer = server.openai().responses.create(**ask, stream=stream)
+        entries = answer.output[0].content[0].logprobs if not stream else []
+        for event in answer if stream else ():
+            entries += event.logprobs if event.type == "response.output_text.delta" else []
+    wanted = ["a", " ", "b", " ", "bytes:\\xc3", "bytes:\\xa9", " ", "<", "x"]
+    assert [entry.token for entry in entries] == wanted
+
+
 def test_dialogues_are_kept_for_a_while(random_server):
     dialogues = Dialogues(capacity=100)
     for name in "abc":
@@ -158,7 +170,13 @@ def test_dialogues_are_kept_for_a_while(random_server):
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0]"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "text": "x"}]}]}, "input[0].content[0].type"),
+        (
+            {"input": [{"type": "function_call", "name": "f", "call_id": "c", "arguments": 5}]},
+            "input[0].arguments",
+        ),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"text": {"format": 5}}, "text.format"),
         ({"background": True}, "background"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format.schema"),

@@ -27,8 +27,10 @@ def test_what_constrains_nothing_is_taken_out():
     schema = {
         "x-guidance": {},
         "anyOf": [{"type": "string", "format": "color"}, {"type": "array", "uniqueItems": False}],
+        "propertyNames": STRING,
     }
     assert schemas.normalize(schema) == {"anyOf": [{"type": "string"}, {"type": "array"}]}
+    assert schemas.normalize({"propertyNames": {"minLength": 1}}) == {"propertyNames": {"minLength": 1}}
     assert schemas.normalize({"format": "uuid", "uniqueItems": True}) == {"format": "uuid", "uniqueItems": True}
 
 
@@ -38,6 +40,8 @@ def test_what_constrains_nothing_is_taken_out():
         (r"^[^a]\[^b\][c^]\\[^d]", r"^[^\x00a]\[^b\][c^]\\[^\x00d]"),
         (r"\w[\w.][^\w]\d[^\d]", r"\w[\w.][^\x00\w\p{L}\p{M}\p{N}]\d[^\x00\d\p{N}]"),
         (r"\W[\D]", r"[^\x00\w\p{L}\p{M}\p{N}][[^\x00\d\p{N}]]"),
+        (r"[^\W\d_]", r"[^\x00[^A-Za-z0-9_]\d\p{N}_]"),
+        (r"[^\D]", r"[^\x00[^0-9]]"),
         (r"a\.b$", r"a\.b$"),
     ],
 )

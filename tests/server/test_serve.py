@@ -32,6 +32,9 @@ def command(*arguments: str) -> list[str]:
         (("--checkpoint", "nowhere"), 1, "nowhere"),
         ((), 2, "--checkpoint"),
         (("--checkpoint", "nowhere", "--port", "many"), 2, "--port"),
+        (("--checkpoint", "nowhere", "--port", "99999"), 1, "cannot listen on 127.0.0.1:99999"),
+        (("--checkpoint", "nowhere", "--host", "192.0.2.1"), 1, "--host"),
+        (("--checkpoint", "nowhere", "--api-key", ""), 1, "--api-key is empty"),
     ],
 )
 def test_bad_requests(arguments, code, says):
