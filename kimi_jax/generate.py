@@ -83,9 +83,7 @@ def generate(args, session: Session) -> None:
         model = load_to_serve(args.checkpoint, args.tokenizer, args.dtype, args.weights)
         jobs = offline.encode(jobs, model.tokenizer, model.cfg)
         requests = [job.request for job in jobs]
-        limits = offline.limits_for(
-            requests, model.cfg, args.max_rows, args.cache_tokens, model.devices, args.cache_dtype
-        )
+        limits = offline.limits_for(requests, model.cfg, args.max_rows, args.cache_tokens, model.devices)
         offline.check(jobs, limits)
         with leading(session, model, limits, args.cache_dtype, tokenizer=model.tokenizer, seed=args.seed) as engine:
             events = engine.generate(requests)

@@ -63,7 +63,7 @@ def answer(args, session: Session) -> None:
         from kimi_jax.server.service import Service
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install '.[serve]' in the checkout") from error
-    from kimi_jax.inference import cache
+    from kimi_jax.inference.cache import PAGE_SIZE
     from kimi_jax.inference.limits import Limits
     from kimi_jax.inference.start import load_to_serve
     from kimi_jax.pods.serving import leading
@@ -72,10 +72,10 @@ def answer(args, session: Session) -> None:
         raise UserError("an --api-key is empty: is the variable set that it came from?")
     run.check_free(args.host, args.port)
     model = load_to_serve(args.checkpoint, args.tokenizer, args.dtype, args.weights)
-    cfg, page_size = model.cfg, cache.page_size(args.cache_dtype or model.cfg.dtype)
+    cfg = model.cfg
     limits = Limits(
-        n_pages=1 + -(-args.cache_tokens // (page_size * model.devices)),
-        page_size=page_size,
+        n_pages=1 + -(-args.cache_tokens // (PAGE_SIZE * model.devices)),
+        page_size=PAGE_SIZE,
         shards=model.devices,
         max_len=args.max_model_len or min(4096, cfg.max_position_embeddings),
         vocab_size=cfg.vocab_size,

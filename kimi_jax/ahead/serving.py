@@ -24,10 +24,10 @@ from kimi_jax.ahead.report import out_of_memory
 from kimi_jax.ahead.roofline import StepTime, Traffic, Work, step_time, traffic, work_of
 from kimi_jax.config import ModelConfig
 from kimi_jax.inference import attention, cache, step, weights
+from kimi_jax.inference.cache import PAGE_SIZE
 from kimi_jax.inference.sampling import NO_EXTRAS
 from kimi_jax.inference.sharded import AXIS, serving_mesh
 
-PAGE_SIZE = 64  # tokens
 LANES = 128
 ROOM = 0.92  # of the memory that may be filled
 

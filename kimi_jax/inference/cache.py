@@ -21,6 +21,8 @@ from kimi_jax.config import ModelConfig
 from kimi_jax.dims import Array
 from kimi_jax.errors import UserError
 
+PAGE_SIZE = 16  # tokens: small, since whole pages are shared; of 32 in eight bits, XLA:TPU would copy all at every step
+
 
 def shape(cfg: ModelConfig, n_pages: int, page_size: int, lanes: int = 1) -> tuple[int, int, int, int]:
     if n_pages < 2 or page_size < 1:
@@ -32,11 +34,6 @@ def shape(cfg: ModelConfig, n_pages: int, page_size: int, lanes: int = 1) -> tup
 def n_bytes(cfg: ModelConfig, n_pages: int, page_size: int, lanes: int = 1, dtype: str | None = None) -> int:
     """layers * pages * slots * X * bytes per number."""
     return math.prod(shape(cfg, n_pages, page_size, lanes)) * jnp.dtype(dtype or cfg.dtype).itemsize
-
-
-def page_size(dtype: str) -> int:
-    """Tokens of a page whose rows fill the registers of a TPU; small, since whole pages are shared."""
-    return max(16, 32 // jnp.dtype(dtype).itemsize)
 
 
 def init(cfg: ModelConfig, n_pages: int, page_size: int, lanes: int = 1, dtype: str | None = None) -> Array:

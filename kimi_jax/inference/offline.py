@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from kimi_jax.config import ModelConfig
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.errors import UserError
-from kimi_jax.inference import cache
+from kimi_jax.inference.cache import PAGE_SIZE
 from kimi_jax.inference.limits import Limits
 from kimi_jax.inference.request import Event, Request
 
@@ -109,18 +109,17 @@ def check(jobs: Iterable[Job], limits: Limits) -> None:
 
 def limits_for(
     requests: Sequence[Request], cfg: ModelConfig, max_rows: int = Limits.max_rows, cache_tokens: int | None = None,
-    shards: int = 1, cache_dtype: str | None = None,
+    shards: int = 1,
 ) -> Limits:  # fmt: skip
     """Room for all rows at once, or for ``CACHE_TOKENS`` if that is less and the longest fits into a shard."""
     lengths = [len(request.prompt) + (request.max_tokens or 0) for request in requests]
-    page_size = cache.page_size(cache_dtype or cfg.dtype)
-    pages = [-(-length // page_size) for length in lengths]
+    pages = [-(-length // PAGE_SIZE) for length in lengths]
     pages = sorted(n_pages for n_pages, request in zip(pages, requests, strict=True) for _ in range(request.n))
     rows = min(max_rows, len(pages))
     in_a_shard = sum(sorted(pages, reverse=True)[: -(-rows // shards)])
-    tokens = cache_tokens or shards * max(pages[-1] * page_size, min(in_a_shard * page_size, CACHE_TOKENS // shards))
+    tokens = cache_tokens or shards * max(pages[-1] * PAGE_SIZE, min(in_a_shard * PAGE_SIZE, CACHE_TOKENS // shards))
     return Limits(
-        n_pages=1 + -(-tokens // (shards * page_size)), page_size=page_size, vocab_size=cfg.vocab_size, max_rows=rows,
+        n_pages=1 + -(-tokens // (shards * PAGE_SIZE)), page_size=PAGE_SIZE, vocab_size=cfg.vocab_size, max_rows=rows,
         shards=shards,
         max_len=min(max(lengths), cfg.max_position_embeddings), step_tokens=max(rows, Limits.step_tokens),
     )  # fmt: skip
