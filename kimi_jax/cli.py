@@ -35,6 +35,8 @@ class Parser(argparse.ArgumentParser):
     def parse_with_overrides(self) -> tuple[argparse.Namespace, list[str]]:
         """The arguments, and apart from them ``--config.KEY=VALUE``."""
         args, overrides = self.parse_known_args()
+        if getattr(args, "config.KEY") is not None:
+            self.error("KEY of --config.KEY stands for an entry of the config, as in --config.steps=50")
         for override in overrides:
             if not override.startswith("--config.") or "=" not in override:
                 self.error(f"unknown argument {override!r}; overrides are written --config.KEY=VALUE")

@@ -124,6 +124,6 @@ PRESETS = {f.__name__: f for f in (kimi_k2_1t, moonlight_16b, mid_196m, tiny)}
 
 def get(name: str) -> ModelConfig:
     """The preset of that name; ``UserError`` with the list of names otherwise."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import jax
 import numpy as np
@@ -99,6 +100,7 @@ def test_gate_scale_of_equal_gates():
     assert np.sqrt(4) * 0.9 < presets.gate_scale(16, 4) < np.sqrt(4)
 
 
-def test_unknown_preset():
-    with pytest.raises(UserError, match="unknown preset 'kimi'; there are kimi_k2_1t"):
-        presets.get("kimi")
+@pytest.mark.parametrize("name", ["kimi", ["tiny"]])
+def test_unknown_preset(name):
+    with pytest.raises(UserError, match=rf"unknown preset {re.escape(repr(name))}; there are kimi_k2_1t"):
+        presets.get(name)

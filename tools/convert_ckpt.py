@@ -50,8 +50,8 @@ def main() -> None:
 def add_from_hf(commands) -> None:
     about = "Hugging Face directory (fp8, int4, bf16 or f32 safetensors) to a checkpoint"
     p = commands.add_parser("from-hf", help=about, description=about, examples=FROM_HF)
-    p.add_argument("source", help="folder or URL, such as gs://bucket/hf")
-    p.add_argument("target", help="folder or URL; what another run left unfinished there is continued")
+    p.add_argument("source", type=path, help="folder or URL, such as gs://bucket/hf")
+    p.add_argument("target", type=path, help="folder or URL; what another run left unfinished there is continued")
     p.add_argument(
         "--dtype", choices=("bf16", "float32", "fp8"), default="bf16", help="fp8 keeps the source's bytes and scales"
     )
@@ -63,7 +63,9 @@ def add_from_hf(commands) -> None:
         help="this host's share of the work: I = 0..N-1, or 1..N (N/N is the same as 0/N)",
     )
     p.add_argument("--dry-run", action="store_true", help="plan only: names, bytes per host, peak memory per worker")
-    p.add_argument("--report", metavar="FILE", help="JSON; default: TARGET.report.json, or TARGET.report-I-of-N.json")
+    p.add_argument(
+        "--report", type=path, metavar="FILE", help="JSON; default: TARGET.report.json, or TARGET.report-I-of-N.json"
+    )
     p.set_defaults(run=from_hf)
 
 
@@ -75,39 +77,43 @@ def from_hf(args) -> None:
 
     keep_freed_memory()  # every unit asks for what the one before it gave back
     i, n = args.shard or default_share()
+    if args.report:
+        report.check(args.report)
     if args.dry_run:
-        found, file = dry_run(args.source, args.dtype, n, args.workers), args.report
-    else:
-        found = from_hf(args.source, args.target, args.dtype, (i, n), args.workers)
-        suffix = f".report-{i}-of-{n}.json" if n > 1 else ".report.json"
-        file = args.report or str(args.target).rstrip("/") + suffix
-    if file:
-        report.write(file, found)
+        found = dry_run(args.source, args.dtype, n, args.workers)
+        if args.report:
+            report.write(args.report, found)
+        return
+    found = from_hf(args.source, args.target, args.dtype, (i, n), args.workers)
+    write_report(args, found, f".report-{i}-of-{n}.json" if n > 1 else ".report.json")
 
 
 def add_to_hf(commands) -> None:
     about = "checkpoint to a Hugging Face directory"
     p = commands.add_parser("to-hf", help=about, description=about, examples=TO_HF)
-    p.add_argument("source", help="a converted checkpoint, a training workdir or one of its steps")
-    p.add_argument("target", help="a local folder; what another run left unfinished there is continued")
+    p.add_argument("source", type=path, help="a converted checkpoint, a training workdir or one of its steps")
+    p.add_argument("target", type=path, help="a local folder; what another run left unfinished there is continued")
     p.add_argument("--dtype", choices=("bf16", "fp8"), help="default: as stored")
     p.add_argument("--shard-size", type=size, default="5GB", metavar="BYTES", help="of a file, such as 500MB or 5GB")
     p.add_argument("--workers", type=positive, default=WORKERS, help="threads")
-    p.add_argument("--report", metavar="FILE", help="JSON; default: TARGET.report.json")
+    p.add_argument("--report", type=path, metavar="FILE", help="JSON; default: TARGET.report.json")
     p.set_defaults(run=to_hf)
 
 
 def to_hf(args) -> None:
+    from kimi_jax.checkpoint import report
     from kimi_jax.checkpoint.export import to_hf
 
-    file = args.report or str(args.target).rstrip("/") + ".report.json"
-    to_hf(args.source, args.target, args.dtype, args.shard_size, args.workers, file)
+    if args.report:
+        report.check(args.report)
+    found = to_hf(args.source, args.target, args.dtype, args.shard_size, args.workers)
+    write_report(args, found, ".report.json")
 
 
 def add_inspect(commands) -> None:
     about = "say what a path holds: kind, shapes, dtypes, sizes, step"
     p = commands.add_parser("inspect", help=about, description=about, examples=INSPECT)
-    p.add_argument("path")
+    p.add_argument("path", type=path)
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=inspect)
 
@@ -122,8 +128,8 @@ def inspect(args) -> None:
 def add_verify(commands) -> None:
     about = "compare the weights of two checkpoints of any kind; exit 0 if they are the same"
     p = commands.add_parser("verify", help=about, description=about, examples=VERIFY)
-    p.add_argument("a")
-    p.add_argument("b")
+    p.add_argument("a", type=path)
+    p.add_argument("b", type=path)
     p.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference that counts as the same")
     p.add_argument("--digest", action="store_true", help="compare one digest of all bits")
     p.add_argument("--workers", type=positive, default=WORKERS, help="threads")
@@ -137,6 +143,27 @@ def verify(args) -> None:
     print(verdict)
     if not verdict.same:
         sys.exit(1)
+
+
+def write_report(args, found: dict, suffix: str) -> None:
+    """Where --report says; else beside the target, if that can be written: the work is done."""
+    from kimi_jax.checkpoint import paths, report
+    from kimi_jax.errors import UserError
+
+    if args.report:
+        report.write(args.report, found)
+        return
+    beside = args.target.rstrip("/") if paths.is_remote(args.target) else os.path.abspath(args.target)
+    try:
+        report.write(beside + suffix, found)
+    except UserError as error:
+        print(f"report not written: {error}")
+
+
+def path(text: str) -> str:
+    from kimi_jax.checkpoint import paths
+
+    return paths.local(text)
 
 
 def positive(text: str) -> int:
@@ -158,7 +185,7 @@ def size(text: str) -> int:
     unit = text[len(number) :].upper()
     try:
         return int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise argparse.ArgumentTypeError(f"must be a size such as 500MB or 5GB, not {text!r}") from None
 
 

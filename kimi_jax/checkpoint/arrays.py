@@ -72,6 +72,7 @@ class Arrays:
         try:
             listed = json.loads(paths.read_text(paths.join(folder, "_METADATA")))
             ocdbt, driver = listed["use_ocdbt"], "zarr3" if listed["use_zarr3"] else "zarr"
+            has_zeros = listed.get("store_array_data_equal_to_fill_value", False)  # then a missing chunk is damage
             leaves = [
                 leaf for leaf in listed["tree_metadata"].values() if not leaf["value_metadata"]["skip_deserialize"]
             ]
@@ -83,7 +84,8 @@ class Arrays:
             kvstore = paths.kvstore(folder if ocdbt else paths.join(folder, name))
             if ocdbt:
                 kvstore = {"driver": "ocdbt", "base": kvstore, "path": name + "/"}
-            opened[name] = ts.open({"driver": driver, "kvstore": kvstore}, open=True, read=True, context=context)
+            spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": not has_zeros}
+            opened[name] = ts.open(spec, open=True, read=True, context=context)
         return cls(folder, {name: _result(store, folder, name) for name, store in opened.items()})
 
     def names(self) -> list[str]:

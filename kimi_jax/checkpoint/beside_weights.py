@@ -12,22 +12,25 @@ import numpy as np
 from kimi_jax.checkpoint import fp8, paths
 from kimi_jax.checkpoint.finish import HF_FOLDER
 from kimi_jax.checkpoint.hf_config import read_config
-from kimi_jax.checkpoint.safetensors_writer import write_bytes
 from kimi_jax.checkpoint.weights import CheckpointWeights
+from kimi_jax.errors import UserError
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json", "tokenization_kimi.py", "chat_template.jinja")
+RANKS = "tiktoken.model"
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenization_kimi.py", "chat_template.jinja")
 
 
-def write(target: Path, weights: CheckpointWeights, dtypes: set[np.dtype]) -> None:
-    """``dtypes`` are those of the exported weights. Files that came with a converted checkpoint go out as they came."""
+def collect(weights: CheckpointWeights, dtypes: set[np.dtype]) -> dict[str, bytes]:
+    """Every file by its name. ``dtypes`` are those of the exported weights.
+
+    Files that came with a converted checkpoint go out as they came. Raises ``UserError`` if a run's tokenizer is gone.
+    """
     files = _kept(weights)
     before = read_config(paths.join(weights.where, HF_FOLDER)) if "config.json" in files else {}
     ids = {key: before[key] for key in TOKEN_IDS if before.get(key) is not None}
     files.setdefault("generation_config.json", _json({"_from_model_config": True, **ids}))
     files["config.json"] = _json(_config(weights, dtypes) | ids)
-    for name, content in files.items():
-        write_bytes(target / name, content)
+    return files
 
 
 def _config(weights: CheckpointWeights, dtypes: set[np.dtype]) -> dict[str, Any]:
@@ -50,12 +53,14 @@ def _kept(weights: CheckpointWeights) -> dict[str, bytes]:
     folder = paths.join(weights.where, HF_FOLDER)
     names = list(paths.sizes(folder))
     tokenizer = (weights.meta["config"].get("data") or {}).get("tokenizer")
-    if not names and tokenizer and paths.name(tokenizer) == "tiktoken.model":
-        tokenizer = str(Path(tokenizer).parent)
-    if not names and tokenizer and tokenizer != "bytes" and paths.is_dir(tokenizer):
-        folder = tokenizer
-        names = [name for name in paths.sizes(folder) if name in TOKENIZER_FILES]
-    return {name: paths.read_bytes(paths.join(folder, name)) for name in names}
+    if names or tokenizer in (None, "bytes"):
+        return {name: paths.read_bytes(paths.join(folder, name)) for name in names}
+    ranks = Path(tokenizer).expanduser().absolute()
+    ranks = ranks / RANKS if ranks.is_dir() else ranks
+    if not ranks.exists():
+        raise UserError(f"{weights.where} was trained with the tokenizer {ranks}, which is not here: put it there")
+    beside = [name for name in TOKENIZER_FILES if ranks.name == RANKS and (ranks.parent / name).exists()]
+    return {name: (ranks.parent / name).read_bytes() for name in beside} | {RANKS: ranks.read_bytes()}
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -70,7 +70,7 @@ class Claim:
                     self._lost = True
                     return
                 paths.write_text(self._path, self._text())
-            except OSError:  # a full disk stops the work itself, with a message
+            except (OSError, UserError):  # a full disk stops the work itself, with a message
                 continue
 
     def _text(self) -> str:

@@ -199,15 +199,20 @@ def _end(job: Conversion, progress: Progress) -> dict[str, Any]:
 
 def _finish(job: Conversion, digests: dict[int, str]) -> dict[str, Any]:
     """Checks that all chunks have their full size, and writes what makes the target complete: the manifest."""
+    for name in _whole(job, "run the command again"):
+        if name.endswith((UNFINISHED, ".unfinished")):  # of processes that were killed
+            paths.remove(paths.join(job.state, name))
+    return finish.write(job.source, job.target, job.plan, [digests[unit.number] for unit in job.plan.units])
+
+
+def _whole(job: Conversion, advice: str) -> dict[str, int]:
+    """Bytes of every file of the state, once every chunk is there in its full size."""
     sizes = paths.sizes(job.state, deep=True)
     bad = [unit for unit in job.plan.units if not _has_size(job, unit, sizes)]
     if bad:
         where = paths.join(job.state, arrays.chunk_file(bad[0].array, bad[0].cell))
-        raise UserError(f"{where} and {len(bad) - 1} other chunks are missing or damaged: run the command again")
-    for name in sizes:
-        if name.endswith((UNFINISHED, ".unfinished")):  # of processes that were killed
-            paths.remove(paths.join(job.state, name))
-    return finish.write(job.source, job.target, job.plan, [digests[unit.number] for unit in job.plan.units])
+        raise UserError(f"{where} and {len(bad) - 1} other chunks are missing or damaged: {advice}")
+    return sizes
 
 
 def _already_there(job: Conversion, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -216,6 +221,8 @@ def _already_there(job: Conversion, manifest: dict[str, Any]) -> dict[str, Any]:
         job.source.digest(),
     ):
         raise UserError(f"{job.target} is a complete checkpoint of another source or dtype: name another target")
+    Arrays.open(job.state)
+    _whole(job, f"remove {job.target} and convert again")
     paths.remove(paths.join(job.target, FOLDER))
     print(f"{job.target} is complete already", flush=True)
     return {"finished": True, "digest": manifest["digest"]}

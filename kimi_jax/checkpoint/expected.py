@@ -1,40 +1,45 @@
-"""What a released checkpoint holds, from its config.json alone: for planning before anything is downloaded."""
+"""What a checkpoint holds, from its config.json and index alone: for planning before anything is downloaded."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from kimi_jax.checkpoint import fp8, int4, paths, safetensors
 from kimi_jax.checkpoint.hf_config import Quantisation, extra_layers, quantisation_of, read_config
-from kimi_jax.checkpoint.hf_names import SCALE_SUFFIX, Entry, plan
+from kimi_jax.checkpoint.hf_names import SCALE_SUFFIX, STRAY, Entry, plan, text_part
 from kimi_jax.config import ModelConfig
 from kimi_jax.errors import UserError
 
-STRAY = "model.layers.{layer}.self_attn.rotary_emb.inv_freq"  # in the released fp8 shards, one a layer; no parameter
+RELEASED_STRAY = "model.layers.{layer}.self_attn.rotary_emb.inv_freq"  # in fp8 shards, one a layer; no parameter
 KINDS = ("weights", "scales", "strays")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The tensors of a release: fp8 of every projection, int4 of the routed experts, or none quantised."""
+    """The tensors that the index lists; without one those of a release: fp8 of every projection, int4 of the routed
+    experts, or none quantised.
+    """
 
     cfg: ModelConfig
     quantisation: Quantisation
+    listed: frozenset[str] | None = None  # of the text model
 
     @classmethod
     def open(cls, folder: paths.AnyPath) -> Expected:
-        """Needs config.json alone; an index of safetensors that lies beside it must name the same tensors."""
+        """Needs config.json alone; an index of safetensors that lies beside it must name the tensors of the model."""
         config = read_config(folder)
-        found = cls(ModelConfig.from_hf(config), quantisation_of(config))
-        if safetensors.INDEX in paths.sizes(folder):
-            found._compare(set(safetensors.read_index(folder)), config, folder)
+        cfg, quantisation = ModelConfig.from_hf(config), quantisation_of(config)
+        if safetensors.INDEX not in paths.sizes(folder):
+            return cls(cfg, quantisation)
+        names, extra = text_part(safetensors.read_index(folder)), extra_layers(config, cfg)
+        found = cls(cfg, quantisation, frozenset(name for name in names if not name.startswith(extra)))
+        found._compare(found.listed or frozenset(), paths.join(folder, safetensors.INDEX))
         return found
 
     @property
@@ -42,14 +47,18 @@ class Expected:
         return self.quantisation.block
 
     def dtype(self, entry: Entry) -> np.dtype:
-        if self.quantisation.method == "fp8" and "_proj" in entry.name:
+        method, is_matrix = self.quantisation.method, len(entry.shape) == 2
+        if is_matrix and self._has(entry.name + SCALE_SUFFIX, method == "fp8" and "_proj" in entry.name):
             return fp8.E4M3
-        if self.quantisation.method == "int4" and "experts" in entry.path:
+        if is_matrix and method == "int4" and self._has(entry.name + int4.SUFFIXES[0], "experts" in entry.path):
             return np.dtype(ml_dtypes.int4)
         return np.dtype(np.float32 if entry.path[-1] == "bias" else ml_dtypes.bfloat16)
 
     def scale_dtype(self, entry: Entry) -> np.dtype:
         return np.dtype(np.float32)
+
+    def _has(self, name: str, as_released: bool) -> bool:
+        return as_released if self.listed is None else name in self.listed
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -70,13 +79,13 @@ class Expected:
             if dtype == fp8.E4M3:
                 yield entry.name + SCALE_SUFFIX, "scales"
         if self.quantisation.method == "fp8":
-            yield from ((STRAY.format(layer=layer), "strays") for layer in range(self.cfg.num_hidden_layers))
+            yield from ((RELEASED_STRAY.format(layer=layer), "strays") for layer in range(self.cfg.num_hidden_layers))
+        yield from ((name, "strays") for name in self.listed or () if STRAY.fullmatch(name))
 
-    def _compare(self, found: set[str], config: Mapping[str, Any], folder: paths.AnyPath) -> None:
-        found = {name for name in found if not name.startswith(extra_layers(config, self.cfg))}
-        missing = sorted(name for name, kind in self.names.items() if kind != "strays" and name not in found)
-        unknown = sorted(found - self.names.keys())
+    def _compare(self, listed: frozenset[str], index: str) -> None:
+        missing = sorted(name for name, kind in self.names.items() if kind != "strays" and name not in listed)
+        unknown = sorted(listed - self.names.keys())
         for names, fact in ((missing, "lacks"), (unknown, "also names")):
             if names:
                 some = ", ".join(names[:3])
-                raise UserError(f"{paths.join(folder, safetensors.INDEX)} {fact} {len(names)} tensors: {some}")
+                raise UserError(f"{index} {fact} {len(names)} tensors: {some}")

@@ -22,9 +22,16 @@ from typing import Any
 from kimi_jax.checkpoint import beside_weights, digest, paths
 from kimi_jax.checkpoint.outgoing import Outgoing
 from kimi_jax.checkpoint.report import Reporter, gib, peak_rss
-from kimi_jax.checkpoint.report import write as write_report
 from kimi_jax.checkpoint.safetensors import INDEX
-from kimi_jax.checkpoint.safetensors_writer import Shard, is_complete, named, plan_shards, write_index, writing
+from kimi_jax.checkpoint.safetensors_writer import (
+    Shard,
+    is_complete,
+    named,
+    plan_shards,
+    write_bytes,
+    write_index,
+    writing,
+)
 from kimi_jax.checkpoint.weights import CheckpointWeights
 from kimi_jax.errors import UserError
 
@@ -39,9 +46,8 @@ def to_hf(
     dtype: str | None = None,
     shard_size: int = SHARD_SIZE,
     workers: int | None = None,
-    report: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Writes ``target`` and returns what was done, as in the JSON file ``report``.
+    """Writes ``target`` and returns what was done.
 
     ``source``: a converted target, a training workdir or one of its steps. ``dtype``: "bf16", "fp8", or None for what
     is stored. For fp8, weights that are fp8 keep their bytes and scales, the other projections are quantised as the
@@ -62,11 +68,13 @@ def to_hf(
     left = []
     with _claimed(target, job) as done:
         if not done:
+            beside = beside_weights.collect(weights, set(outgoing.dtypes.values()))
             left = [shard for shard in shards if not is_complete(target, shard)]
             if len(left) < len(shards):
                 print(f"going on: {len(shards) - len(left):,} of {len(shards):,} files are there", flush=True)
             _write_shards(target, left, outgoing, workers or min(4, os.cpu_count() or 1))
-            beside_weights.write(target, weights, set(outgoing.dtypes.values()))
+            for name, content in beside.items():
+                write_bytes(target / name, content)
             write_index(target, shards, kimi_jax=job)
     seconds, written = time.monotonic() - began, sum(shard.data_bytes for shard in left)
     summary = {
@@ -82,8 +90,6 @@ def to_hf(
         "bytes_per_second": round(written / seconds),
         "peak_rss_bytes": peak_rss(),
     }
-    if report:
-        write_report(report, summary)
     print(f"{target} is complete: {gib(summary['bytes'])} in {len(shards):,} files", flush=True)
     return summary
 

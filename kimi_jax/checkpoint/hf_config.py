@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +22,7 @@ class Quantisation:
 
 def read_config(folder: paths.AnyPath) -> dict[str, Any]:
     """config.json, or the text model's part of it together with the quantisation that may stand beside it."""
-    path = paths.join(folder, "config.json")
-    try:
-        text = paths.read_text(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    config = paths.read_json(paths.join(folder, "config.json"))
     if not isinstance(config, dict):
         raise UserError("a Hugging Face config must be a JSON object")
     inner = config.get("text_config")
@@ -51,7 +42,7 @@ def quantisation_of(config: Mapping[str, Any]) -> Quantisation:
     block = found.get("weight_block_size") or fp8.BLOCK
     if method != "fp8":
         raise UserError(f"config.json: quant_method={method!r} is not supported (only 'fp8' in blocks)")
-    if len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
         raise UserError(f"config.json: weight_block_size={block!r} must be two positive numbers")
     return Quantisation("fp8" if found else None, (block[0], block[1]))
 
@@ -61,16 +52,20 @@ def _group_size(found: Mapping[str, Any]) -> int:
     if found.get("format") != "pack-quantized":
         raise UserError(f"config.json: compressed-tensors format {found.get('format')!r} is not supported")
     groups = found.get("config_groups") or {}
-    sizes = set()
+    if not isinstance(groups, dict):
+        raise UserError(f"config.json: config_groups must be an object, not {groups!r}")
+    sizes = []
     for group in groups.values():
-        weights = group.get("weights") or {}
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            raise UserError(f"config.json: a group of config_groups must say how its weights are stored, not {group!r}")
         given = {key: weights.get(key) for key in ("num_bits", "type", "strategy", "symmetric")}
         if given != {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True}:
             raise UserError(f"config.json: weights quantised as {given} are not supported (only symmetric int4 groups)")
-        sizes.add(weights.get("group_size"))
-    if len(sizes) != 1 or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise UserError(f"config.json: compressed-tensors needs one group_size, found {sorted(map(str, sizes))}")
-    return sizes.pop()
+        sizes.append(weights.get("group_size"))
+    if not sizes or any(not isinstance(n, int) or n < 1 or n != sizes[0] for n in sizes):
+        raise UserError(f"config.json: compressed-tensors needs one group_size, found {sorted(set(map(str, sizes)))}")
+    return sizes[0]
 
 
 def extra_layers(config: Mapping[str, Any], cfg: ModelConfig) -> tuple[str, ...]:

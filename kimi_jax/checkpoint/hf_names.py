@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from kimi_jax.dims import EXPERTS, HEADS, LAYERS, ParamSpec, is_spec
 from kimi_jax.model import specs
 
 Path = tuple[str, ...]
+T = TypeVar("T")
 
 _ATTENTION = {
     "attn_norm": "input_layernorm.weight",
@@ -49,6 +51,9 @@ TABLE: dict[str, str] = {  # path of our parameter -> name of the Hugging Face t
 
 SCALE_SUFFIX = "_scale_inv"  # of the block scales of an fp8 weight
 STRAY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # not parameters, in released shards
+
+TEXT_PREFIX = "language_model."  # of the text model's tensors in a model that also sees
+OTHER_PARTS = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,13 @@ def plan(cfg: ModelConfig) -> Iterator[Entry]:
 
     for path, spec in walk(specs(cfg), ()):
         yield from _entries(cfg, path, spec)
+
+
+def text_part(tensors: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to the text model, by names without their prefix; those that see are no part of it."""
+    if not any(name.startswith(TEXT_PREFIX) for name in tensors):
+        return dict(tensors)
+    return {name.removeprefix(TEXT_PREFIX): t for name, t in tensors.items() if not name.startswith(OTHER_PARTS)}
 
 
 def _entries(cfg: ModelConfig, path: Path, spec: ParamSpec) -> Iterator[Entry]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,10 +24,16 @@ import numpy as np
 from kimi_jax.errors import UserError
 
 AnyPath = str | Path
+TRIES, PAUSE_S = 3, 1.0  # of a server that fails, and between them
 
 
 def is_remote(path: AnyPath) -> bool:
     return "://" in str(path) and not str(path).startswith("file://")
+
+
+def local(path: str) -> str:
+    """A path as somebody types it: without file://, and ~ as the home folder. URLs stay."""
+    return path if is_remote(path) else os.path.expanduser(path.removeprefix("file://"))
 
 
 def join(folder: AnyPath, *names: str) -> str:
@@ -37,18 +46,21 @@ def name(path: AnyPath) -> str:
 
 def exists(path: AnyPath) -> bool:
     fs, inner = _open_fs(path)
-    return fs.exists(inner)
+    return _asked(path, lambda: fs.exists(inner))
 
 
 def is_dir(path: AnyPath) -> bool:
     fs, inner = _open_fs(path)
-    return fs.isdir(inner)
+    return _asked(path, lambda: fs.isdir(inner))
 
 
 def size(path: AnyPath) -> int:
     """Bytes of a file. Raises OSError."""
     fs, inner = _open_fs(path)
-    return fs.size(inner)
+    found = _asked(path, lambda: fs.size(inner))
+    if found is None:
+        raise UserError(f"{path}: the server does not tell its size: download it first")
+    return found
 
 
 def names(folder: AnyPath) -> list[str]:
@@ -57,7 +69,8 @@ def names(folder: AnyPath) -> list[str]:
     fs.invalidate_cache()
     if fs.isfile(inner):
         raise UserError(f"{folder} is a file, not a folder")
-    return sorted(name(found) for found in fs.ls(inner, detail=False)) if fs.isdir(inner) else []
+    found = _asked(folder, lambda: fs.ls(inner, detail=False) if fs.isdir(inner) else [])
+    return sorted(map(name, found))
 
 
 def sizes(folder: AnyPath, deep: bool = False) -> dict[str, int]:
@@ -68,7 +81,7 @@ def sizes(folder: AnyPath, deep: bool = False) -> dict[str, int]:
     fs, inner = _open_fs(folder)
     fs.invalidate_cache()
     root = fs._strip_protocol(inner).rstrip("/") + "/"
-    found = fs.find(inner, maxdepth=None if deep else 1, detail=True)
+    found = _asked(folder, lambda: fs.find(inner, maxdepth=None if deep else 1, detail=True))
     files = {path: info["size"] for path, info in sorted(found.items()) if info["type"] == "file" or fs.isfile(path)}
     return {path.removeprefix(root): size for path, size in files.items()}
 
@@ -76,7 +89,10 @@ def sizes(folder: AnyPath, deep: bool = False) -> dict[str, int]:
 def read_bytes(path: AnyPath, start: int | None = None, end: int | None = None) -> bytes:
     """A file, or its bytes start..end. Raises OSError."""
     fs, inner = _open_fs(path)
-    return fs.cat_file(inner, start=start, end=end)
+    data = _asked(path, lambda: fs.cat_file(inner, start=start, end=end))
+    if end is not None and len(data) > end - (start or 0):
+        raise UserError(f"{path}: the server sends no parts of files (HTTP Range): download it first")
+    return data
 
 
 def read_into(path: AnyPath, start: int, size: int) -> np.ndarray:
@@ -102,6 +118,18 @@ def read_text(path: AnyPath) -> str:
     return read_bytes(path).decode("utf-8")
 
 
+def read_json(path: AnyPath) -> Any:
+    """Raises ``UserError`` if the file cannot be read or is no JSON."""
+    try:
+        content = read_bytes(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """The file appears when it is complete."""
     fs, inner = _open_fs(path)
@@ -110,14 +138,14 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
         return
     target = Path(inner)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
+    unfinished = Path(_unfinished(inner))
     unfinished.write_bytes(data)
     unfinished.replace(target)
 
 
 def write_file(path: str, data: np.ndarray, zeros: int, suffix: str) -> None:
-    """Writes a large local file: ``data`` and some zeros, under a name with ``suffix`` until it is complete."""
-    unfinished, flags = path + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    """Writes a large local file: ``data`` and some zeros, under a name that ends in ``suffix`` until it is complete."""
+    unfinished, flags = _unfinished(path, suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         file = os.open(unfinished, flags, 0o666)
     except FileNotFoundError:
@@ -145,7 +173,7 @@ def create(path: AnyPath, text: str) -> bool:
             return True
         target = Path(inner)
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.{threading.get_ident()}.unfinished")
+        unfinished = Path(_unfinished(inner))
         unfinished.write_text(text, encoding="utf-8")
         try:
             os.link(unfinished, target)
@@ -189,6 +217,26 @@ def reason(error: Exception) -> str:
     first = str(error).partition("\n")[0].partition(" [")[0]
     last = first.rpartition(": ")[2]
     return last if last in map(os.strerror, errno.errorcode) else first[:300]
+
+
+def _unfinished(path: str, suffix: str = ".unfinished") -> str:
+    """A name beside the file that no other writer has."""
+    return f"{path}.{os.getpid()}.{threading.get_ident()}{suffix}"
+
+
+def _asked(path: AnyPath, ask: Callable[[], Any]) -> Any:
+    """What a file system answers. A server that fails, with whatever its client raises, is asked TRIES times."""
+    for left in reversed(range(TRIES)):
+        try:
+            return ask()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except Exception as error:
+            if not is_remote(path):
+                raise
+            if not left:
+                raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+            time.sleep(PAUSE_S)
 
 
 def _open_fs(path: AnyPath) -> tuple[Any, str]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import resource
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from kimi_jax.checkpoint import paths
+from kimi_jax.errors import UserError
 
 EVERY_S = 10.0  # between two lines where there is no terminal
 
@@ -65,5 +71,25 @@ def gib(n: float) -> str:
     return f"{n / 2**30:,.2f} GiB" if n >= 2**28 else f"{n / 2**20:,.2f} MiB"
 
 
+def check(path: paths.AnyPath) -> None:
+    """Raises ``UserError`` if ``write`` could not write there."""
+    if paths.is_remote(path):
+        return
+    with _writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+
+
 def write(path: paths.AnyPath, report: dict[str, Any]) -> None:
-    paths.write_text(path, json.dumps(report, indent=2) + "\n")
+    with _writing(path):
+        paths.write_text(path, json.dumps(report, indent=2) + "\n")
+
+
+@contextmanager
+def _writing(path: paths.AnyPath) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {path}: {error.strerror or error}") from error

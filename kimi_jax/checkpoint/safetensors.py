@@ -72,7 +72,7 @@ def read_header(path: paths.AnyPath) -> dict[str, Stored]:
         tensors = {name: _stored(path, name, entry, *data) for name, entry in header.items()}
         _check_no_gaps(path, [entry["data_offsets"] for entry in header.values()], size - 8 - length)
         return tensors
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} has a damaged header: {error}") from error
@@ -162,8 +162,8 @@ def read_headers(folder: paths.AnyPath) -> dict[str, Stored]:
 def read_index(folder: paths.AnyPath) -> dict[str, str]:
     """Name of every tensor -> name of its file."""
     path = paths.join(folder, INDEX)
+    found = paths.read_json(path)
     try:
-        files = json.loads(paths.read_text(path))["weight_map"]
-        return {str(name): str(file) for name, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {str(name): str(file) for name, file in found["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an index of safetensors: {error}") from error

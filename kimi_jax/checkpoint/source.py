@@ -6,9 +6,10 @@ NAME_scale, NAME_shape). A weight and its scales may lie in different files, and
 
 from __future__ import annotations
 
+import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,14 +20,13 @@ import numpy as np
 from kimi_jax.checkpoint import digest, fp8, int4, paths, safetensors
 from kimi_jax.checkpoint.finite import is_finite
 from kimi_jax.checkpoint.hf_config import Quantisation, extra_layers, quantisation_of, read_config
-from kimi_jax.checkpoint.hf_names import SCALE_SUFFIX, STRAY, Entry, plan
+from kimi_jax.checkpoint.hf_names import SCALE_SUFFIX, STRAY, Entry, plan, text_part
 from kimi_jax.checkpoint.safetensors import Stored
 from kimi_jax.config import ModelConfig
 from kimi_jax.errors import UserError
 
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, np.float64, ml_dtypes.bfloat16)))
-TEXT_PREFIX = "language_model."  # of the text model's tensors in a model that also sees
-OTHER_PARTS = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
+SAMPLES, SAMPLE_BYTES = 4, 4096  # of each file, in the digest
 STRIP_BYTES = 2 << 20  # of the f32 weights that are held at a time: what a core's own cache takes
 
 
@@ -45,7 +45,7 @@ class Source:
         """Reads config.json and every header, and checks that all tensors of the model are there, and no others."""
         config = read_config(folder)
         cfg = ModelConfig.from_hf(config)
-        tensors = _text_part(safetensors.read_headers(folder))
+        tensors = text_part(safetensors.read_headers(folder))
         tensors = {
             name: t for name, t in tensors.items() if 0 not in t.shape
         }  # so transformers saves no shared experts
@@ -65,9 +65,22 @@ class Source:
         return {paths.name(file): paths.size(file) for file in sorted({t.file for t in self.tensors.values()})}
 
     def digest(self) -> str:
-        """Of the config and the headers: names, shapes, dtypes and places of all tensors, and the files' sizes."""
+        """Of the config, the headers, and each file's size and samples: revisions may differ in their data alone."""
         tensors = [(n, paths.name(t.file), str(t.dtype), t.shape, t.start) for n, t in sorted(self.tensors.items())]
-        return digest.of_json([self.config, self.files, tensors])
+        return digest.of_json([self.config, self.files, tensors, self._samples])
+
+    @cached_property
+    def _samples(self) -> list[str]:
+        """Digests of SAMPLE_BYTES at SAMPLES places of every file, the last of them its end."""
+
+        def sample(place: tuple[str, int]) -> str:
+            file, i = place
+            start = max(0, self.files[paths.name(file)] - SAMPLE_BYTES) * i // SAMPLES
+            return digest.of_array(paths.read_into(file, start, SAMPLE_BYTES))
+
+        files = sorted({t.file for t in self.tensors.values()})
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(sample, itertools.product(files, range(1, SAMPLES + 1))))
 
     @property
     def block(self) -> tuple[int, int]:
@@ -181,7 +194,7 @@ class Source:
         """Shape, dtype and scales of one weight."""
         tensor, where = self._stored(entry), self.where(entry)
         scale = self.tensors.get(entry.name + SCALE_SUFFIX)
-        if tensor.dtype == np.int32 and entry.name not in self.tensors:
+        if entry.name not in self.tensors:
             self._check_packed(entry)
             return
         if tensor.shape != entry.shape:
@@ -211,19 +224,19 @@ class Source:
             if entry.name + suffix not in self.tensors:
                 raise UserError(f"{where}_packed is packed, but there is no {entry.name + suffix}")
         packed, scale, shape = (self.tensors[entry.name + suffix] for suffix in int4.SUFFIXES)
+        if len(entry.shape) != 2:
+            raise UserError(f"{where}_packed is packed, but only matrices can be: config.json implies {entry.shape}")
         rows, columns = entry.shape
         expected = {"_packed": (rows, -(-columns // 8)), "_scale": (rows, -(-columns // group))}
         for suffix, part in {"_packed": packed, "_scale": scale}.items():
             if part.shape != expected[suffix]:
                 raise UserError(f"{where}{suffix} has shape {part.shape}, but config.json implies {expected[suffix]}")
-        found = tuple(self._read(entry.name + "_shape", shape, 0, shape.shape[0]).tolist())
+        if packed.dtype != np.int32:
+            raise UserError(f"{where}_packed has dtype {packed.dtype}, expected int32")
+        if scale.dtype not in FLOATS:
+            raise UserError(f"{where}_scale has dtype {scale.dtype}, which is not a scale's")
+        if shape.shape != (2,):
+            raise UserError(f"{where}_shape has shape {shape.shape}, expected (2,)")
+        found = tuple(self._read(entry.name + "_shape", shape, 0, 2).tolist())
         if found != entry.shape:
             raise UserError(f"{where}_shape says {found}, but config.json implies {entry.shape}")
-
-
-def _text_part(tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """The text model's tensors without their prefix; those that see are no part of it."""
-    if not any(name.startswith(TEXT_PREFIX) for name in tensors):
-        return tensors
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_PARTS)}
-    return {re.sub(f"^{re.escape(TEXT_PREFIX)}", "", name): tensor for name, tensor in kept.items()}

@@ -15,7 +15,7 @@ import xxhash
 
 from kimi_jax.checkpoint import fp8, paths
 from kimi_jax.checkpoint.hf_names import Entry, plan
-from kimi_jax.checkpoint.weights import CheckpointWeights, Weights, open_weights, pieces
+from kimi_jax.checkpoint.weights import Weights, open_weights, pieces
 from kimi_jax.errors import UserError
 
 F32 = np.dtype(np.float32)
@@ -58,8 +58,8 @@ def verify(
 
     Weights of one dtype must have the same bits, fp8 weights and their scales too. Of two dtypes, the finer is rounded
     once to the coarser, as the conversion does. What differs so may differ by ``tolerance``, absolute, in f32.
-    ``digest`` compares one digest of all bits for each side: the stored ones if both targets have one and it is the
-    same, else computed ones. Raises ``UserError`` if the two are different models or cannot be read.
+    ``digest`` computes one digest of all bits for each side and compares those. Raises ``UserError`` if the two are
+    different models or cannot be read.
     """
     left, right = open_weights(a), open_weights(b)
     entries = _common(left, right)
@@ -135,11 +135,8 @@ def _same_bits(x: np.ndarray | None, y: np.ndarray | None) -> bool:
 
 
 def _by_digest(left: Weights, right: Weights, entries: list[Entry], workers: int | None) -> Verdict:
-    stored = [w.meta.get("digest") if isinstance(w, CheckpointWeights) else None for w in (left, right)]
-    if stored[0] is None or stored[0] != stored[1]:
-        stored = [_digest(side, entries, workers) for side in (left, right)]
-    same = stored[0] == stored[1]
-    return Verdict(same, len(entries), 0, 0.0, None, 0, digests=(str(stored[0]), str(stored[1])))
+    found = _digest(left, entries, workers), _digest(right, entries, workers)
+    return Verdict(found[0] == found[1], len(entries), 0, 0.0, None, 0, digests=found)
 
 
 def _digest(weights: Weights, entries: list[Entry], workers: int | None) -> str:

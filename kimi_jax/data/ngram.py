@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from kimi_jax.errors import UserError
 
 START = 256  # stands for the two bytes before a document
 CONTEXTS = 257
+CHUNK = 4 << 20  # bytes of a document that are counted together
 
 
 def order2_bits_per_byte(train: Iterable[bytes], held_out: Iterable[bytes]) -> float:
@@ -22,21 +23,22 @@ def order2_bits_per_byte(train: Iterable[bytes], held_out: Iterable[bytes]) -> f
         p(c | b)    = (n(bc)  + t(b)  p(c))     / (n(b)  + t(b))
         p(c)        = (n(c)   + t / 256)        / (n     + t)
 
-    The bytes before a document are a start symbol; its end is not predicted. Both texts are held in memory.
+    The bytes before a document are a start symbol; its end is not predicted. Memory holds the counts, and one document.
     """
-    n_ABC = np.bincount(_trigrams(train), minlength=CONTEXTS * CONTEXTS * 256).reshape(CONTEXTS, CONTEXTS, 256)
+    n_ABC = _counts(train).reshape(CONTEXTS, CONTEXTS, 256)
     n_BC = n_ABC.sum(0)
     p_C = _interpolate(n_BC.sum(0), np.full(256, 1 / 256))
     p_BC = _interpolate(n_BC, p_C)
 
-    seen = _trigrams(held_out)
+    counts = _counts(held_out)
+    seen = np.flatnonzero(counts)
     if not len(seen):
         raise UserError("there is no held-out text to measure; set data.eval_sources or raise data.holdout")
     context, c = np.divmod(seen, 256)
     a, b = np.divmod(context, CONTEXTS)
     n_AB, t_AB = _totals(n_ABC)
     p = (n_ABC[a, b, c] + t_AB[a, b] * p_BC[b, c]) / (n_AB + t_AB)[a, b]
-    return float(-np.log2(p).mean())
+    return float(np.average(-np.log2(p), weights=counts[seen]))
 
 
 def _totals(n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,12 +51,18 @@ def _interpolate(n: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return (n + distinct[..., None] * lower) / (total + distinct)[..., None]
 
 
-def _trigrams(documents: Iterable[bytes]) -> np.ndarray:
-    """(a * 257 + b) * 256 + c of every byte c, int64 [number of bytes]."""
-    documents = list(documents)
-    x = np.frombuffer(b"".join(b"\0\0" + document for document in documents), np.uint8).astype(np.int64)
-    sizes = np.array([len(document) + 2 for document in documents], np.int64)
-    starts = np.cumsum(sizes) - sizes
-    x[starts] = x[starts + 1] = START
-    trigram = (x[:-2] * CONTEXTS + x[1:-1]) * 256 + x[2:]
-    return trigram[x[2:] != START]
+def _counts(documents: Iterable[bytes]) -> np.ndarray:
+    """How often each (a * 257 + b) * 256 + c occurs, int64 [257 * 257 * 256]."""
+    n = np.zeros(CONTEXTS * CONTEXTS * 256, np.int64)
+    for document in documents:
+        for trigrams in _trigrams(document):
+            np.add.at(n, trigrams, 1)
+    return n
+
+
+def _trigrams(document: bytes) -> Iterator[np.ndarray]:
+    """(a * 257 + b) * 256 + c of every byte c, int64, ``CHUNK`` bytes at a time."""
+    for start in range(0, len(document), CHUNK):
+        before = [START, START, *document[max(start - 2, 0) : start]][-2:]
+        x = np.concatenate([before, np.frombuffer(document[start : start + CHUNK], np.uint8)])
+        yield (x[:-2] * CONTEXTS + x[1:-1]) * 256 + x[2:]

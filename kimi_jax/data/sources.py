@@ -28,7 +28,8 @@ STDLIB = "stdlib"
 class SourceConfig:
     """Files of text. In a config, a plain string stands for a source of that path.
 
-    ``path``: a file, a glob, or a directory (all files below it, but hidden ones); ``"stdlib"`` is the embedded corpus.
+    ``path``: a file, a glob, or a directory: all files below it, through links too, but hidden ones. ``"stdlib"`` is
+    the embedded corpus.
     ``weight``: share of the training sequences, relative to the other sources.
     ``format``: a key of ``FORMATS``; ``None`` goes by each file's suffix, ``text`` (one document per file) if unknown.
     ``key``: the field (JSONL) or column (Parquet) that holds the text.
@@ -111,10 +112,18 @@ def split(documents: Iterable[Document], holdout: float, held_out: bool) -> Iter
         yield from early
 
 
-def _files_below(directory: str) -> Iterator[str]:
-    for folder, folders, names in os.walk(directory):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(folder, name) for name in names if not name.startswith("."))
+def _files_below(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Links to folders are followed, except to ``directory`` itself and to those ``above`` that led to it."""
+    try:
+        there = [(entry.path, entry.is_dir()) for entry in os.scandir(directory) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"cannot read {directory}: {error.strerror}") from error
+    above = (*above, os.path.realpath(directory))
+    for path, is_folder in there:
+        if not is_folder:
+            yield path
+        elif os.path.realpath(path) not in above:
+            yield from _files_below(path, above)
 
 
 # Tests, bundled applications, and modules that are tables or generated text rather than programs.
@@ -166,9 +175,10 @@ def _read_jsonl(path: Path, key: str) -> Iterator[str]:
             if not line.strip():
                 continue
             where = f"{path}:{number}"
+            text = _decode(line, where)
             try:
-                record = json.loads(_decode(line, where))
-            except (json.JSONDecodeError, RecursionError) as error:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where} is not valid JSON: {error}") from error
             if not isinstance(record, dict) or key not in record:
                 raise UserError(f"{where} has no field {key!r}; set the source's key")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.errors import UserError
 
 FORMAT_VERSION = 1
+ENDS = 4096  # bytes at both ends of a file that tell it from another of its name, size and time
 
 
 class TokenStore(NamedTuple):
@@ -41,29 +42,26 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenStore:
 def cached(cache: str | Path, key: str, documents: Iterable[Document], tokenizer: Tokenizer) -> TokenStore:
     """The token store kept under ``key`` in the directory ``cache``, written from ``documents`` if it is not there."""
     entry = Path(cache).expanduser() / key
-    if not entry.exists():
-        try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=entry.parent))
-            try:
-                _write(partial, documents, tokenizer)
-                _rename(partial, entry)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        except OSError as error:
-            raise UserError(f"cannot write the token cache {cache}: {error.strerror}; change data.cache") from error
+    try:
+        if not entry.exists():
+            _build(entry, documents, tokenizer)
+    except OSError as error:
+        raise UserError(f"cannot write the token cache {cache}: {error.strerror}; change data.cache") from error
     return _read(entry)
 
 
 def cache_key(source: SourceConfig, tokenizer: Tokenizer, *split: object) -> str:
-    """A digest of all that decides the tokens: each file's name, size and time, how it is read, and the split."""
+    """A digest of what decides the tokens: each file's name, size, time and ends, how it is read, and the split."""
     stats = []
     for file in files(source):
         try:
-            stat = file.path.stat()
+            with open(file.path, "rb") as opened:
+                stat, first = os.fstat(opened.fileno()), opened.read(ENDS)
+                opened.seek(max(stat.st_size - ENDS, 0))
+                ends = hashlib.sha256(first + opened.read(ENDS)).hexdigest()
         except OSError as error:
             raise UserError(f"cannot read {file.path}: {error.strerror}") from error
-        stats.append((file.name, stat.st_size, stat.st_mtime_ns))
+        stats.append((file.name, stat.st_size, stat.st_mtime_ns, ends))
     described = [FORMAT_VERSION, stats, source.format, source.key, tokenizer.identity, split]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 
@@ -80,6 +78,23 @@ def _dtype(tokenizer: Tokenizer) -> str:
 
 def _offsets(lengths: list[int]) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def _build(entry: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
+    """Writes the entry, and removes what others, killed or slower, have written of it."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    partial = entry.with_name(f".{entry.name}-{uuid.uuid4().hex}")
+    partial.mkdir()
+    try:
+        _write(partial, documents, tokenizer)
+        partial.rename(entry)
+    except OSError:
+        if not entry.exists():  # else another process was faster, with the same content
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for left in entry.parent.glob(f".{entry.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(directory: Path, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
@@ -102,14 +117,6 @@ def _sync(file) -> None:
     os.fsync(file.fileno())
 
 
-def _rename(partial: Path, entry: Path) -> None:
-    try:
-        os.rename(partial, entry)
-    except OSError:
-        if not entry.exists():  # else another process was faster, with the same content
-            raise
-
-
 def _read(entry: Path) -> TokenStore:
     try:
         manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
@@ -120,6 +127,8 @@ def _read(entry: Path) -> TokenStore:
         if not whole or size != n_tokens * dtype.itemsize:
             raise ValueError
         tokens = np.memmap(entry / "tokens.bin", dtype, "r") if n_tokens else np.zeros(0, dtype)
+    except PermissionError as error:
+        raise UserError(f"cannot read the token cache entry {entry}: {error.strerror}; change data.cache") from error
     except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"the token cache entry {entry} is damaged; delete it") from error
     return TokenStore(tokens, offsets)

@@ -42,7 +42,12 @@ def load_to_serve(
     spec = tokenizer or tokenizer_of(path)
     if spec is None:
         raise UserError(f"{path} names no tokenizer: give one with --tokenizer")
-    text = tokenizers.load(spec)
+    try:
+        text = tokenizers.load(spec)
+    except UserError as error:
+        if tokenizer:
+            raise
+        raise UserError(f"{error}; {path} names it: give another with --tokenizer") from error
     cfg = config_of(path, dtype or ("bfloat16" if weights else None))
     if text.vocab_size > cfg.vocab_size:
         raise UserError(f"the tokenizer has {text.vocab_size} ids, the model only {cfg.vocab_size}")

@@ -6,8 +6,11 @@ import ast
 import dataclasses
 import importlib.util
 import math
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +138,8 @@ class TrainConfig:
             raise UserError(
                 f"seq_len {self.seq_len} exceeds model.max_position_embeddings {self.model.max_position_embeddings}"
             )
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed must lie in -2**63..2**63 - 1, not {self.seed}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -145,6 +150,10 @@ class TrainConfig:
         values = dict(cfg)
         if not isinstance(values.get("model"), Mapping):
             raise UserError("the config needs a model section, such as model=dict(preset='tiny')")
+        for name in ("sources", "eval_sources"):
+            given = values["data"].get(name) if isinstance(values.get("data"), Mapping) else None
+            if isinstance(given, str):
+                raise UserError(f"""config.data.{name} is a list of paths: write '["{given}"]'""")
         return from_dict(cls, {**values, "model": ModelConfig.from_config(values["model"])}, "config")
 
 
@@ -153,20 +162,44 @@ def load(path: str | Path, overrides: list[str] = ()) -> TrainConfig:  # type: i
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no config file {path}")
-    spec = importlib.util.spec_from_file_location("kimi_jax_config", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} does not define get_config()")
-    found = module.get_config()
-    values = found.to_dict() if isinstance(found, ConfigDict) else dict(found)
+    values = _values(path)
     for override in overrides:
         _apply(values, override)
-    return TrainConfig.from_config(values)
+    return _with_absolute_tokenizer(TrainConfig.from_config(values))
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """What ``get_config()`` of a file returns, as plain dicts."""
+    loader = SourceFileLoader("kimi_jax_config", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    try:
+        loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise UserError(f"{path} does not define get_config()")
+        found = _plain(module.get_config(), str(path))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"get_config() of {path} must return a dict or a ConfigDict, not {found!r}")
+    return found
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` with dicts for mappings of any kind, whose keys have to be strings."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry, where) for entry in value]
+    if not isinstance(value, Mapping):
+        return value
+    for key in value:
+        if not isinstance(key, str):
+            raise UserError(f"{where}: keys of the config must be strings, not {key!r}")
+    return {key: _plain(entry, where) for key, entry in value.items()}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -176,11 +209,19 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"{override!r}: overrides are written --config.KEY=VALUE")
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = {"true": True, "false": False}.get(text.lower(), text)
     *sections, key = name.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"{override!r}: {section} has no keys of its own")
-    values[key] = value
+    values[key] = _plain(value, repr(override))
+
+
+def _with_absolute_tokenizer(cfg: TrainConfig) -> TrainConfig:
+    """A checkpoint names the tokenizer: its path has to hold in any directory."""
+    if cfg.data.tokenizer == "bytes":
+        return cfg
+    path = Path(os.path.expanduser(cfg.data.tokenizer)).absolute()
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=str(path)))

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from kimi_jax.checkpoint.emergency_exchange import forget as forget_copies
-from kimi_jax.checkpoint.manager import Checkpoints
+from kimi_jax.checkpoint.manager import Checkpoints, read_meta
 from kimi_jax.data import tokenizer as tokenizers
 from kimi_jax.data.ngram import order2_bits_per_byte
 from kimi_jax.data.packing import Batch
@@ -42,10 +43,12 @@ from kimi_jax.pods.signals import Signals
 from kimi_jax.pods.total import Total
 from kimi_jax.pods.trace import Tracer
 from kimi_jax.training import metrics
+from kimi_jax.training.changes import changes
 from kimi_jax.training.config import TrainConfig
 from kimi_jax.training.emergency import EmergencyCopies
 from kimi_jax.training.placement import lowered_step, placement, shapes
 from kimi_jax.training.step import Metrics, TrainState, eval_step, init_state
+from kimi_jax.training.turns import process_0_first
 
 
 class Unreported(NamedTuple):
@@ -68,8 +71,9 @@ class Run:
         sizes = dict(batch_size=cfg.batch_size, seq_len=cfg.seq_len)
         self._rows = Rows(self._place.rows, (cfg.batch_size, cfg.seq_len))
         self._total = Total(self._place.mesh)
-        self._train_data = TrainData(cfg.data, self.tokenizer, seed=cfg.seed, **sizes)
-        self._eval_data = EvalData(cfg.data, self.tokenizer, max_batches=cfg.eval_batches, **sizes)
+        with process_0_first(workdir, self._session) if cfg.data.cache else nullcontext():
+            self._train_data = TrainData(cfg.data, self.tokenizer, seed=cfg.seed, **sizes)
+            self._eval_data = EvalData(cfg.data, self.tokenizer, max_batches=cfg.eval_batches, **sizes)
         self._copies = self._open_copies()
         _make_writable(workdir)
         self._checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
@@ -169,6 +173,10 @@ class Run:
 
     def _begin(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """Restores the state, or draws it while the step is compiled; returns the compiled step."""
+        if self.step:
+            meta = read_meta(self.workdir / "checkpoints" / str(self.step))
+            if changed := changes(meta, self.cfg, self.tokenizer.identity):
+                self._say(f"going on with another config than before: {'; '.join(changed)}")
         resumed = self._resumed_from_copies()
         self._session.at("the compilation")
         if resumed:
@@ -214,8 +222,8 @@ class Run:
         return load_params(path, model, self._place.state.params)
 
     def _save(self) -> None:
-        config = dataclasses.asdict(self.cfg)
-        self._checkpoints.save(self.step, self.state, {"config": config, "data": {"next_step": self.step}})
+        data = {"next_step": self.step, "tokenizer": self.tokenizer.identity}
+        self._checkpoints.save(self.step, self.state, {"config": dataclasses.asdict(self.cfg), "data": data})
 
     def _open_writer(self) -> metrics.Writer:
         metrics.keep_until(self.workdir / metrics.FILE, self.step)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -94,6 +97,29 @@ def test_what_orbax_writes_is_read(tmp_path, values):
         assert bits(arrays.read("params.w", (1, slice(0, 2)))) == bits(values["params.heads"][1, :2])
         assert bits(arrays.read_stored("params.w", (0,))) == bits(values["params.heads"][0])
         assert int(arrays.read("step")) == 3
+
+
+def test_a_missing_chunk_is_damage(state, tmp_path):
+    """Zeros are stored: what is not there was lost."""
+    copy = shutil.copytree(state, tmp_path / "state")
+    lost = copy / chunk_file("params.a.w", (1, 0, 2))
+    lost.unlink()
+    arrays = Arrays.open(copy)
+    with pytest.raises(UserError, match=f"{copy}/params.a.w: .*{lost}.* is missing") as error:
+        arrays.read("params.a.w")
+    assert "\n" not in str(error.value)
+
+
+def test_zeros_that_orbax_left_out_are_read(tmp_path):
+    """As its older checkpoints say in their metadata that they do."""
+    with ocp.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=True) as writer:
+        writer.save(tmp_path / "state", {"w": np.zeros((2, 3), np.float32)})
+    assert (Arrays.open(tmp_path / "state").read("w") == 0).all()
+    listed = json.loads((tmp_path / "state" / "_METADATA").read_text())
+    del listed["store_array_data_equal_to_fill_value"]
+    (tmp_path / "state" / "_METADATA").write_text(json.dumps(listed))
+    shutil.rmtree(tmp_path / "state" / "w" / "c")
+    assert (Arrays.open(tmp_path / "state").read("w") == 0).all()
 
 
 def test_damage_is_named(tmp_path, values):

@@ -195,6 +195,23 @@ def test_a_finished_target(tmp_path, source, capsys):
         from_hf(source, tmp_path / "t", "fp8")
 
 
+def test_a_finished_target_that_lost_a_file(tmp_path, source):
+    """Is not complete any more: not for the same command, nor for whoever loads it."""
+    from_hf(source, tmp_path / "t", "bf16")
+    up = tmp_path / "t" / "state" / "params.moe_layers.moe.experts.up"
+    lost = up / "c" / "1" / "2" / "0" / "0"
+    content = lost.read_bytes()
+    for damage in (lost.unlink, lambda: lost.write_bytes(content[:-1])):
+        damage()
+        with pytest.raises(UserError, match=f"{lost} and 0 other chunks are missing or damaged: remove {tmp_path}/t"):
+            from_hf(source, tmp_path / "t", "bf16")
+        with pytest.raises(UserError, match=f"{up}: "):
+            kimi_jax.load(tmp_path / "t")
+    (up / "zarr.json").unlink()
+    with pytest.raises(UserError, match=f"{up}: "):
+        from_hf(source, tmp_path / "t", "bf16")
+
+
 def test_orbax_restores_it_sharded(tmp_path, source):
     from_hf(source, tmp_path / "t", "fp8")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from kimi_jax import presets
@@ -13,7 +14,8 @@ from kimi_jax.checkpoint.dry_run import dry_run
 from kimi_jax.checkpoint.expected import Expected
 from kimi_jax.checkpoint.units import CHUNK_BYTES, make_plan
 from kimi_jax.errors import UserError
-from tests.checkpoint.examples import CFG, FP8_CONFIG, quantised, random_tensors, save_hf
+from tests.checkpoint.examples import BF16, CFG, FP8_CONFIG, quantised, random_tensors, save_hf
+from tests.checkpoint.test_relatives import multimodal
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,32 @@ def test_an_index_is_compared(tmp_path):
     (tmp_path / safetensors.INDEX).write_text(json.dumps({"weight_map": names}))
     with pytest.raises(UserError, match="lacks 1 tensors: lm_head.weight"):
         dry_run(tmp_path, "fp8")
+
+
+def partly_quantised(folder):
+    """fp8, but for the first layer."""
+    tensors = {name: w.astype(BF16) for name, w in random_tensors().items()}
+    some = {name: w for name, w in quantised(tensors).items() if "layers.0." not in name}
+    return save_hf(folder, tensors | some, **FP8_CONFIG)
+
+
+def with_strays(folder):
+    """bf16, with tensors that are no parameters."""
+    tensors = {name: w.astype(BF16) for name, w in random_tensors().items()}
+    return save_hf(folder, tensors | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(2, BF16)})
+
+
+@pytest.mark.parametrize("make", [partly_quantised, with_strays, lambda folder: multimodal(folder)[0]])
+def test_an_index_plans_what_headers_do(tmp_path, make):
+    source = make(tmp_path / "hf")
+    expected = dry_run(source, "bf16")
+    names = safetensors.read_headers(source)
+    (source / safetensors.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "a")}))
+    for file in source.glob("*.safetensors"):
+        file.unlink()
+    found = dry_run(source, "bf16")
+    same = ("weights", "scales", "arrays", "chunks", "bytes", "peak_bytes_per_worker")
+    assert {key: found[key] for key in same} == {key: expected[key] for key in same}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "fp8"])

@@ -193,14 +193,24 @@ def test_files_beside_the_weights(tmp_path):
     assert not list((tmp_path / "back").glob("*unfinished*"))
 
 
-@pytest.mark.parametrize("named", [".", "tiktoken.model"])
+@pytest.mark.parametrize("named", [".", "tiktoken.model", "kimi.ranks"])
 def test_a_run_with_a_tokenizer(tmp_path, named):
     (tmp_path / "tok").mkdir()
-    (tmp_path / "tok" / "tiktoken.model").write_bytes(b"ranks")
+    (tmp_path / "tok" / ("tiktoken.model" if named == "." else named)).write_bytes(b"ranks")
     (tmp_path / "tok" / "notes.txt").write_text("not the tokenizer's")
     to_hf(save_run(tmp_path / "run", random_params(), tokenizer=str(tmp_path / "tok" / named)), tmp_path / "hf")
     assert (tmp_path / "hf" / "tiktoken.model").read_bytes() == b"ranks"
     assert not (tmp_path / "hf" / "notes.txt").exists() and (tmp_path / "hf" / "generation_config.json").exists()
+
+
+def test_a_run_whose_tokenizer_is_gone(tmp_path):
+    """Said before anything is written; the folder is there, but not what it was named for."""
+    (tmp_path / "tok").mkdir()
+    for named, gone in (("tok", "tok/tiktoken.model"), ("ranks", "ranks")):
+        run = save_run(tmp_path / f"run-{named}", random_params(), tokenizer=str(tmp_path / named))
+        with pytest.raises(UserError, match=f"run-{named}.* with the tokenizer {tmp_path}/{gone}, which is not here"):
+            to_hf(run, tmp_path / f"hf-{named}")
+        assert [path.name for path in (tmp_path / f"hf-{named}").iterdir()] == [MARKER]
 
 
 KILLED = """
@@ -337,10 +347,9 @@ def test_bad_requests(tmp_path):
             to_hf(source, tmp_path / "taken")
 
 
-def test_report(tmp_path):
+def test_what_was_done(tmp_path):
     source = save_run(tmp_path / "run", random_params())
-    done = to_hf(source, tmp_path / "hf", report=tmp_path / "report.json")
-    assert json.loads((tmp_path / "report.json").read_text()) == done
+    done = to_hf(source, tmp_path / "hf")
     assert done["bytes_written"] == done["bytes"] > 0 and done["peak_rss_bytes"] > 10**7
 
 

@@ -12,6 +12,7 @@ from kimi_jax.checkpoint.arrays import Arrays
 from kimi_jax.checkpoint.convert import from_hf
 from kimi_jax.checkpoint.export import to_hf
 from kimi_jax.checkpoint.hf_names import plan
+from kimi_jax.checkpoint.int4 import SUFFIXES
 from kimi_jax.checkpoint.verify import verify
 from kimi_jax.config import ModelConfig
 from kimi_jax.errors import UserError
@@ -123,11 +124,16 @@ def test_damage_is_found_by_name(tmp_path):
     up = "model.layers.2.mlp.experts.3.up_proj.weight"
     scale = stored[up + "_scale"].copy()
     scale[1, 1] = np.nan
+    norm = "model.layers.1.input_layernorm.weight"
     for i, (change, message) in enumerate([
         ({up + "_scale": scale}, f"{up}.*NaN"),
         ({up + "_shape": np.array([64, 95])}, f"{up}_shape says"),
         ({up + "_packed": stored[up + "_packed"][:, :-1]}, f"{up}_packed has shape"),
         ({up + "_scale": None}, f"no {up}_scale"),
+        ({up + "_scale": scale.astype(bool)}, f"{up}_scale has dtype bool"),
+        ({up + "_packed": stored[up + "_packed"].astype(np.int64)}, f"{up}_packed has dtype int64"),
+        ({up + "_shape": np.int64(64)}, rf"{up}_shape has shape \(\), expected \(2,\)"),
+        ({norm: None, **{norm + suffix: stored[up + suffix] for suffix in SUFFIXES}}, f"{norm}_packed .*only matrices"),
     ]):  # fmt: skip
         tensors = {name: w for name, w in (stored | change).items() if w is not None}
         source = save_hf(tmp_path / f"source{i}", tensors, SMALL, quantization_config=INT4)

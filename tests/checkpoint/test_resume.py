@@ -166,6 +166,18 @@ def test_something_else_is_not_continued(tmp_path, source, monkeypatch):
         from_hf(source, target, "fp8")
 
 
+def test_a_revision_with_the_same_headers_is_another_source(tmp_path, source):
+    """Neither what is complete nor what is not is taken for its conversion."""
+    tuned = {name: w if "_scale" in name else -w for name, w in quantised(random_tensors()).items()}
+    other = save_hf(tmp_path / "other", tuned, **FP8_CONFIG)
+    from_hf(source, tmp_path / "t", "fp8")
+    with pytest.raises(UserError, match="complete checkpoint of another source"):
+        from_hf(other, tmp_path / "t", "fp8")
+    from_hf(source, tmp_path / "part", "fp8", (0, 2))
+    with pytest.raises(UserError, match="unfinished conversion with another source"):
+        from_hf(other, tmp_path / "part", "fp8", (1, 2))
+
+
 def test_foreign_files_are_left_alone(tmp_path, source):
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "mine.txt").write_text("mine")
@@ -280,6 +292,23 @@ def test_a_claim_that_was_lost_stops_the_work(tmp_path, monkeypatch):
             while time.time() < deadline:
                 claim.check()
     assert path.exists()  # the other's
+
+
+def test_a_claim_outlives_a_server_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.01)
+    path, write, failures = tmp_path / "claim.json", claims.paths.write_text, iter(range(2))
+
+    def failing(*args):
+        if next(failures, None) is not None:
+            raise UserError("500")
+        write(*args)
+
+    with claims.Claim(path, "it"):
+        first = path.read_text()
+        monkeypatch.setattr(claims.paths, "write_text", failing)
+        deadline = time.time() + 5
+        while path.read_text() == first:
+            assert time.time() < deadline
 
 
 def test_a_process_of_a_cluster_takes_its_own_share(monkeypatch):

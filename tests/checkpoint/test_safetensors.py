@@ -118,6 +118,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (file_of(b"{not json"), "damaged header"),
         (file_of(b"\xff\xfe{}"), "damaged header"),
         (file_of([1, 2]), "damaged header"),
+        (file_of(b"[" * 10**6), "damaged header"),
         (file_of({"w": 3}), "damaged header"),
         (file_of({"w": {"dtype": "F32", "shape": [2]}}, bytes(8)), "damaged header"),
         (file_of({"w": F32 | {"shape": ["2"]}}, bytes(8)), "damaged header|not"),
@@ -218,7 +219,7 @@ def test_tensor_in_two_files(tmp_path):
         read_headers(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+@pytest.mark.parametrize("text", ["", "[" * 10**6, "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_damaged_index(tmp_path, text):
     write(tmp_path / "one.safetensors", {"a": A})
     (tmp_path / INDEX).write_text(text)

@@ -8,6 +8,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from kimi_jax.checkpoint.convert import from_hf
 from kimi_jax.checkpoint.inspect import inspect
 from kimi_jax.checkpoint.verify import verify
 from kimi_jax.errors import UserError
@@ -98,6 +99,19 @@ def test_fp8_bytes_and_scales(tmp_path):
         found = verify(a, b)
         assert not found.same and (found.different, found.worst) == (1, UP) and found.max_difference > 0
         assert not verify(a, b, digest=True).same
+
+
+def test_a_copy_with_a_wrong_byte(tmp_path):
+    """The digest is of the weights as they are, not of what was noted when they were written."""
+    source = save_hf(tmp_path / "hf", quantised(random_tensors()), **FP8_CONFIG)
+    from_hf(source, tmp_path / "t", "fp8")
+    copy = shutil.copytree(tmp_path / "t", tmp_path / "copy")
+    assert verify(tmp_path / "t", copy, digest=True).same
+    chunk = copy / "state" / "params.moe_layers.moe.experts.up" / "c" / "1" / "2" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[7] ^= 1
+    chunk.write_bytes(data)
+    assert not verify(tmp_path / "t", copy, digest=True).same
 
 
 def test_fp8_and_what_it_stands_for(tmp_path):

@@ -2,10 +2,12 @@
 
 import math
 import random
+import tracemalloc
 from collections import Counter, defaultdict
 
 import pytest
 
+from kimi_jax.data import ngram
 from kimi_jax.data.ngram import order2_bits_per_byte
 from kimi_jax.errors import UserError
 
@@ -47,6 +49,27 @@ def texts(seed, n, alphabet):
 def test_matches_the_dictionaries(alphabet):
     train, held_out = texts(0, 30, alphabet), texts(1, 10, alphabet + b"\0\xffz")
     assert order2_bits_per_byte(train, held_out) == pytest.approx(brute_force(train, held_out), rel=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_cutting_documents_into_chunks_changes_nothing(monkeypatch, chunk):
+    train, held_out = texts(0, 30, b"abc"), texts(1, 10, b"abcd")
+    whole = order2_bits_per_byte(train, held_out)
+    monkeypatch.setattr(ngram, "CHUNK", chunk)
+    assert order2_bits_per_byte(train, held_out) == whole
+
+
+def test_memory_does_not_grow_with_the_text(monkeypatch):
+    def peak(*sizes):
+        tracemalloc.start()
+        order2_bits_per_byte((bytes(size) for size in sizes), [b"abc"])
+        _, found = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return found
+
+    monkeypatch.setattr(ngram, "CHUNK", 100_000)
+    longest = 10_000_000
+    assert peak(longest, *[1_000_000] * 20) < peak(1) + 2 * longest
 
 
 def test_one_byte_documents_and_generators():

@@ -91,6 +91,18 @@ def test_paths(tree, pattern, names, monkeypatch):
     assert [d.name for d in read(pattern or ".")] == names
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tree, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "d.txt").write_text("d")
+    os.symlink(other, tree / "linked")
+    os.symlink(tree, other / "back")
+    os.symlink(".", tree / "a" / "self")
+    names = ["a.txt", "a/y/deep.txt", "a/z.md", "b.txt", "c.jsonl#0", "c.jsonl#1", "linked/d.txt"]
+    assert [d.name for d in read(tree)] == names
+    assert [d.name for d in read(tree / "linked*")] == [*(f"linked/back/{n}" for n in names[:-1]), "linked/d.txt"]
+
+
 def test_text_is_kept_byte_for_byte(tmp_path):
     content = "a\r\nb\rc\n\ufeffü".encode()
     (tmp_path / "a.txt").write_bytes(content)
@@ -121,6 +133,7 @@ def corrupt_record(path):
         ("a.txt", lambda p: p.write_bytes(b"ok\xff"), r"a.txt is not UTF-8 text \(byte 2\)"),
         ("a.jsonl", lambda p: p.write_text('{"text": "a"}\n{"text": '), "a.jsonl:2 is not valid JSON"),
         ("a.jsonl", lambda p: p.write_text("[" * 200_000), "a.jsonl:1 is not valid JSON"),
+        ("a.jsonl", lambda p: p.write_text('\n{"text": "", "n": ' + "1" * 5000 + "}"), "a.jsonl:2 is not valid JSON"),
         ("a.jsonl", lambda p: p.write_bytes(b'\n{"text": "\xff"}'), "a.jsonl:2 is not UTF-8"),
         ("a.jsonl", lambda p: p.write_text('"text"'), "a.jsonl:1 has no field 'text'"),
         ("a.jsonl", lambda p: p.write_text('{"text": 3}'), "a.jsonl:1: 'text' holds int, not text"),
@@ -146,6 +159,10 @@ def test_unreadable_paths(tmp_path):
             read(path)
     os.symlink(tmp_path / "gone", tmp_path / "link.txt")
     with pytest.raises(UserError, match="cannot read .*link.txt"):
+        read(tmp_path)
+    os.unlink(tmp_path / "link.txt")
+    os.symlink("circle", tmp_path / "circle")
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: Too many levels of symbolic links"):
         read(tmp_path)
 
 

@@ -1,8 +1,10 @@
 """The token store, in memory and cached on disk."""
 
 import dataclasses
+import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +67,26 @@ def test_what_a_killed_writer_left_is_not_read(tmp_path):
     partial.mkdir()
     (partial / "tokens.bin").write_bytes(b"\0\0")
     assert store.cached(tmp_path, "key", iter(DOCUMENTS), BYTES).tokens.tolist() == TOKENS
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        store.cached(tmp_path, "key", iter(DOCUMENTS), BYTES)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o750
+
+
+def test_an_entry_of_somebody_else(tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    store.cached(tmp_path, "key", iter(DOCUMENTS), BYTES)
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(UserError, match="cannot read the token cache entry .*key: Permission denied"):
+        store.cached(tmp_path, "key", never(), BYTES)
 
 
 def test_two_writers_at_once(tmp_path):
@@ -142,3 +164,19 @@ def test_the_key_follows_everything_that_decides_the_tokens(tmp_path):
     path.rename(tmp_path / "b.jsonl")
     keys.append(store.cache_key(SourceConfig(str(tmp_path / "b.jsonl")), BYTES, 0.05, False))
     assert len(set(keys)) == len(keys) == 9
+
+
+@pytest.mark.parametrize("at", [0, 9_999])
+def test_the_key_tells_files_of_one_name_size_and_time_apart(tmp_path, at):
+    def key(folder, content):
+        path = tmp_path / folder / "a.txt"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        os.utime(path, ns=(10**18, 10**18))
+        return store.cache_key(SourceConfig(str(path)), BYTES)
+
+    content = bytearray(b"x" * 10_000)
+    first = key("first", content)
+    assert key("moved", content) == first
+    content[at] = ord("y")
+    assert key("second", content) != first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +36,42 @@ def test_there_and_back(tmp_path, source):
     assert report["finished"] and report["bytes_written"] == report["bytes_read"] > 0
     assert {"seconds", "bytes_per_second", "peak_rss_bytes", "digest", "source", "target"} <= report.keys()
     assert run("to-hf", tmp_path / "target", tmp_path / "back", "--shard-size", "100KB").returncode == 0
+    report = json.loads((tmp_path / "back.report.json").read_text())
+    assert report["bytes_written"] == report["bytes"] > 0 and report["files_written"] == report["files"] > 1
     assert run("verify", source, tmp_path / "back").returncode == 0
     shown = run("inspect", tmp_path / "target")
     assert shown.returncode == 0 and "float8_e4m3fn" in shown.stdout
+
+
+def test_paths_as_people_type_them(tmp_path, monkeypatch, source):
+    """The home folder, a file:// URL, the current folder: its report lies beside it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "target").mkdir()
+    monkeypatch.chdir(tmp_path / "target")
+    assert command_line.run(convert_ckpt, "from-hf", f"file://{source}", ".").returncode == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"target", "target.report.json"}
+    assert command_line.run(convert_ckpt, "to-hf", "~/target", "file://~/back").returncode == 0
+    assert command_line.run(convert_ckpt, "inspect", "~/back").returncode == 0
+    assert json.loads((tmp_path / "back.report.json").read_text())["target"] == str(tmp_path / "back")
+
+
+def test_a_report_that_cannot_be_written(tmp_path, source):
+    """Where none was asked for, the work counts; where one was, nothing is begun."""
+    (tmp_path / "t.report.json").mkdir()
+    done = command_line.run(convert_ckpt, "from-hf", str(source), str(tmp_path / "t"))
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"report not written: the report cannot be written to {tmp_path}/t.report.json: " in done.stdout
+    (tmp_path / "back.report.json").mkdir()
+    done = command_line.run(convert_ckpt, "to-hf", str(tmp_path / "t"), str(tmp_path / "back"))
+    assert done.returncode == 0 and "report not written: " in done.stdout
+    (tmp_path / "file").touch()
+    for command, option in (("from-hf", "--dtype=bf16"), ("from-hf", "--dry-run"), ("to-hf", "--dtype=bf16")):
+        for report, reason in (("file/r.json", "Not a directory|File exists"), ("t.report.json", "Is a directory")):
+            arguments = (command, str(source), str(tmp_path / "u"), option, "--report", str(tmp_path / report))
+            done = command_line.run(convert_ckpt, *arguments)
+            assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+            assert re.search(f"report cannot be written to {tmp_path}/{report}: ({reason})", done.stderr)
+    assert not (tmp_path / "u").exists()
 
 
 def test_verify_tells_a_difference(tmp_path, source):
@@ -71,6 +105,7 @@ def test_shares_are_counted_from_0_or_1(tmp_path, source):
         (["from-hf", "a", "b", "--workers", "0"], 2, "must be a positive number"),
         (["from-hf", "a", "b", "--dtype", "int8"], 2, "invalid choice"),
         (["to-hf", "a", "b", "--shard-size", "5XB"], 2, "must be a size"),
+        (["to-hf", "a", "b", "--shard-size", "inf"], 2, "must be a size"),
         (["from-hf", "nowhere", "b"], 1, "cannot read nowhere/config.json"),
         (["to-hf", "nowhere", "b"], 1, "nowhere"),
         (["verify", "nowhere", "b"], 1, "nowhere"),

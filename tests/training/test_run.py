@@ -151,9 +151,17 @@ def one_line(done: subprocess.CompletedProcess) -> str:
     return done.stderr
 
 
-def test_checkpoint_of_another_shape(config, uninterrupted):
-    message = one_line(train(config, uninterrupted, "--config.model.hidden_size=40", "--config.steps=50"))
-    assert "(1, 32, 20)" in message and "(1, 40, 20)" in message
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.hidden_size=40", "(1, 40, 20)"),
+        ("model.param_dtype=bfloat16", "has dtype float32, the config asks for bfloat16"),
+        ("optimizer.name=adamw", "it was written with another model or optimizer"),
+    ],
+)
+def test_checkpoint_of_another_run(config, uninterrupted, override, expected):
+    done = train_here(config, uninterrupted, f"--config.{override}", "--config.steps=50")
+    assert expected in one_line(done)
 
 
 def test_non_finite_loss_stops_and_names_the_place(config, tmp_path):
@@ -184,6 +192,7 @@ def test_non_finite_loss_can_be_skipped(config, tmp_path):
         (["--config.steps=many"], "config.steps must be int"),
         (["--config.data.sources=['/nonexistent/*.txt']"], "/nonexistent/*.txt"),
         (["--nonsense"], "--nonsense"),
+        (["--config.KEY=5"], "stands for an entry"),
     ],
 )
 def test_bad_config(config, tmp_path, overrides, expected):
