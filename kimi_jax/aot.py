@@ -103,7 +103,9 @@ def _served(args: Any, cfg: Any, devices: list[Any]) -> None:
         _write(args.json, json.dumps(dataclasses.asdict(report), indent=2))
     if text is None:
         needs = f"the step needs {report.peak_gib:.1f} of {report.hbm_gib:.1f} GiB"
-        raise UserError(f"{needs}; what would fit: {report.most_rows} rows, or more devices, or --weights fp8")
+        ways = [f"{report.most_rows} rows"] if report.most_rows else []
+        ways += ["more devices", *(["--weights fp8"] if args.weights == "bf16" else [])]
+        raise UserError(f"{needs}; what would fit: {', or '.join(ways)}")
     if args.dump_hlo:
         _write(args.dump_hlo / f"{args.phase}.hlo.txt", text)
 

@@ -34,6 +34,15 @@ class RopeConfig:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
 
+    def __post_init__(self):
+        for name, limit in {"theta": 1, "beta_fast": 0, "beta_slow": 0}.items():
+            if not limit < (value := getattr(self, name)) < math.inf:
+                raise UserError(f"model.rope.{name} must be above {limit} and finite, not {value}")
+        least = {"factor": 1, "original_max_position_embeddings": 1, "mscale": 0, "mscale_all_dim": 0}
+        for name, limit in least.items():
+            if not limit <= (value := getattr(self, name)) < math.inf:
+                raise UserError(f"model.rope.{name} must be at least {limit} and finite, not {value}")
+
     def magnitude(self, mscale: float) -> float:
         """m(factor, mscale) = 0.1 * mscale * ln(factor) + 1 (YaRN, arXiv 2309.00071, section 3.4)."""
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
@@ -101,11 +110,8 @@ class ModelConfig:
             raise UserError(
                 f"model.qk_rope_head_dim must be even (rotation acts on pairs), not {self.qk_rope_head_dim}"
             )
-        for name, value in {"rms_norm_eps": self.rms_norm_eps, "rope.theta": self.rope.theta}.items():
-            if not 0 < value < math.inf:
-                raise UserError(f"model.{name} must be positive and finite, not {value}")
-        if not self.rope.factor >= 1:
-            raise UserError(f"model.rope.factor must be at least 1, not {self.rope.factor}")
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise UserError(f"model.rms_norm_eps must be positive and finite, not {self.rms_norm_eps}")
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("bfloat16", "float32"):
                 raise UserError(f"model.{name} must be bfloat16 or float32, not {getattr(self, name)!r}")
@@ -134,7 +140,9 @@ class ModelConfig:
         values = dict(cfg)
         name = values.pop("preset", None)
         base = dataclasses.asdict(presets.get(name)) if name else {}
-        values["rope"] = {**base.pop("rope", {}), **dict(values.get("rope") or {})}
+        given = values.get("rope")
+        if given is None or hasattr(given, "keys"):  # a ConfigDict is no Mapping
+            values["rope"] = {**base.get("rope", {}), **(given or {})}
         return from_dict(cls, {**base, **values}, "model")
 
     @classmethod
@@ -200,6 +208,8 @@ _SUPPORTED = {  # key of config.json -> the values this implementation computes 
     "topk_method": ("noaux_tc",),
 }
 
+_NEEDED = ("first_k_dense_replace", "n_group", "routed_scaling_factor")  # transformers' defaults are not ours
+
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     for key, allowed in _SUPPORTED.items():
@@ -212,6 +222,9 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
         raise UserError(f"config.json: num_key_value_heads={kv_heads} must equal num_attention_heads={heads} in MLA")
+    missing = [key for key in _NEEDED if config.get(key) is None]
+    if missing:
+        raise UserError(f"config.json lacks {', '.join(missing)}: add what the model was trained with")
 
 
 def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,12 +243,16 @@ def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"config.json: rope type {kind!r} is not supported (only 'yarn' and 'default')")
     known = {f.name for f in dataclasses.fields(RopeConfig)}
     values = {key: value for key, value in found.items() if key in known and value is not None}
+    for key in ("beta_fast", "beta_slow"):  # 0 is absent, as in transformers
+        values[key] = values.get(key) or getattr(RopeConfig, key)
     for key in set(found) - known:
         if found[key] not in (None, {"truncate": True, "partial_rotary_factor": 1.0}.get(key)):
             raise UserError(f"config.json: rope option {key}={found[key]!r} is not supported")
-    longest = config.get("max_position_embeddings", ModelConfig.max_position_embeddings)
-    values.setdefault("original_max_position_embeddings", longest)
-    values.setdefault("factor", longest / values["original_max_position_embeddings"])
+    longest = config.get("max_position_embeddings") or ModelConfig.max_position_embeddings
+    longest = _coerce(longest, int, "config.json.max_position_embeddings")
+    original = values.setdefault("original_max_position_embeddings", longest)
+    original = _coerce(original, int, "config.json.rope.original_max_position_embeddings")
+    values.setdefault("factor", longest / max(original, 1))  # RopeConfig refuses what is below 1
     values.setdefault("mscale", 0.0)
     return {"theta": theta, **values}
 

@@ -79,6 +79,10 @@ def without(config: dict, *names: str) -> dict:
     return {key: value for key, value in config.items() if key not in names}
 
 
+YARN = RELEASED["rope_scaling"]
+WITHOUT_FACTOR = without(YARN, "factor")
+
+
 def test_released_config_is_the_preset():
     cfg = ModelConfig.from_hf(RELEASED)
     assert (cfg.dtype, cfg.param_dtype) == ("bfloat16", "bfloat16")
@@ -145,6 +149,14 @@ def test_what_yarn_leaves_out_follows_from_the_longest_context():
     assert cfg.rope == RopeConfig(50_000.0, 4.0, 131_072, 32.0, 1.0, mscale=0.0)
     scaling = {"type": "yarn", "factor": None, "original_max_position_embeddings": 8192}
     assert ModelConfig.from_hf(RELEASED | {"rope_scaling": scaling}).rope.factor == 16.0
+    short = RELEASED | {"rope_scaling": scaling | {"original_max_position_embeddings": 1024}}
+    assert ModelConfig.from_hf(short | {"max_position_embeddings": None}).rope.factor == 4.0
+
+
+def test_betas_of_0_are_absent():
+    """As in transformers: ``rope_parameters.get("beta_fast") or 32``."""
+    rope = ModelConfig.from_hf(RELEASED | {"rope_scaling": YARN | {"beta_fast": 0, "beta_slow": 0.0}}).rope
+    assert (rope.beta_fast, rope.beta_slow) == (32.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +167,7 @@ def test_what_yarn_leaves_out_follows_from_the_longest_context():
         presets.tiny().replace(rope=dataclasses.replace(presets.YARN_K2, mscale=0.7, mscale_all_dim=1.3)),
         presets.tiny().replace(rope=RopeConfig(factor=8.0)),
         presets.tiny().replace(n_shared_experts=0, first_k_dense_replace=2, q_lora_rank=None),
+        presets.tiny().replace(first_k_dense_replace=presets.tiny().num_hidden_layers),
     ],
 )
 def test_to_hf_and_back(cfg, tmp_path):
@@ -176,7 +189,7 @@ def test_to_hf_and_back(cfg, tmp_path):
         ({"model_type": "llama"}, "llama"),
         ({"num_key_value_heads": 8}, "num_key_value_heads=8"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_scaling": RELEASED["rope_scaling"] | {"attention_factor": 2.0}}, "attention_factor"),
+        ({"rope_scaling": YARN | {"attention_factor": 2.0}}, "attention_factor"),
         ({"hidden_size": "7168"}, "hidden_size must be int"),
         ({"hidden_size": 0}, "hidden_size must be at least 1"),
         ({"num_experts_per_tok": 385}, "exceeds"),
@@ -184,9 +197,23 @@ def test_to_hf_and_back(cfg, tmp_path):
         ({"qk_rope_head_dim": 63}, "even"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive"),
-        ({"rope_theta": 0}, "rope.theta must be positive"),
+        ({"rope_theta": 0}, "rope.theta must be above 1"),
         ({"rope_theta": "big"}, "rope.theta must be float"),
-        ({"rope_scaling": RELEASED["rope_scaling"] | {"factor": float("nan")}}, "rope.factor must be at least 1"),
+        ({"rope_scaling": YARN | {"factor": float("nan")}}, "rope.factor must be at least 1"),
+        ({"rope_scaling": YARN | {"beta_fast": -1}}, "rope.beta_fast must be above 0"),
+        (
+            {"rope_scaling": YARN | {"original_max_position_embeddings": 0}},
+            "original_max_position_embeddings must be at",
+        ),
+        ({"rope_scaling": WITHOUT_FACTOR | {"original_max_position_embeddings": 0}}, "embeddings must be at least 1"),
+        (
+            {"rope_scaling": WITHOUT_FACTOR | {"original_max_position_embeddings": "x"}},
+            "embeddings must be int, not 'x'",
+        ),
+        (
+            {"rope_scaling": WITHOUT_FACTOR, "max_position_embeddings": "x"},
+            "max_position_embeddings must be int, not 'x'",
+        ),
         ({"rope_scaling": "yarn"}, "rope parameters must be an object"),
         ({"rope_parameters": [1]}, "rope parameters must be an object"),
     ],
@@ -209,6 +236,13 @@ def test_rope_theta_null_is_absent():
 def test_hf_lacks_a_size():
     with pytest.raises(UserError, match="lacks .*vocab_size"):
         ModelConfig.from_hf(without(RELEASED, "vocab_size"))
+
+
+@pytest.mark.parametrize("name", ["first_k_dense_replace", "n_group", "routed_scaling_factor"])
+def test_what_transformers_assumes_otherwise_has_to_be_there(name):
+    for config in (without(RELEASED, name), RELEASED | {name: None}):
+        with pytest.raises(UserError, match=f"config.json lacks {name}: add"):
+            ModelConfig.from_hf(config)
 
 
 @pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[1]", "JSON object"), (None, "cannot read")])
@@ -243,7 +277,16 @@ def test_from_config_without_a_preset():
         ({"preset": "tiny", "hidden_size": None}, "model.hidden_size must be int"),
         ({"preset": "tiny", "norm_topk_prob": 1}, "model.norm_topk_prob must be bool"),
         ({"preset": "tiny", "rope": {"theta": "big"}}, "model.rope.theta must be float"),
-        ({"preset": "tiny", "rope": {"factor": 0.5}}, "factor"),
+        ({"preset": "tiny", "rope": {"factor": 0.5}}, "model.rope.factor must be at least 1"),
+        ({"preset": "tiny", "rope": {"factor": math.inf}}, "model.rope.factor must be at least 1 and finite, not inf"),
+        ({"preset": "tiny", "rope": {"theta": 1}}, "model.rope.theta must be above 1"),
+        ({"preset": "tiny", "rope": {"beta_slow": 0}}, "model.rope.beta_slow must be above 0"),
+        ({"preset": "tiny", "rope": {"beta_fast": math.nan}}, "model.rope.beta_fast must be above 0"),
+        ({"preset": "tiny", "rope": {"original_max_position_embeddings": 0}}, "embeddings must be at least 1"),
+        ({"preset": "tiny", "rope": {"mscale_all_dim": -1}}, "model.rope.mscale_all_dim must be at least 0"),
+        ({"preset": "tiny", "rope": 5}, "model.rope must be RopeConfig, not 5"),
+        ({"preset": "tiny", "rope": 0}, "model.rope must be RopeConfig, not 0"),
+        ({"preset": "tiny", "rope": "abc"}, "model.rope must be RopeConfig, not 'abc'"),
         ({"preset": "tiny", "dtype": "float8"}, "model.dtype must be"),
         ({"preset": "tiny", "n_shared_experts": -1}, "n_shared_experts"),
         ({"preset": "tiny", "q_lora_rank": 0}, "q_lora_rank"),

@@ -104,7 +104,7 @@ def would_fit(cfg: TrainConfig, devices: Sequence[Any], report: Report, slices: 
     """The nearest choices that fit where ``cfg`` does not, by the estimate scaled to what the compiler said.
 
     One change at a time: another remat policy, fewer sequences per device; else any choice on these devices; else how
-    many times the devices it would take, since all that a device holds shrinks with them.
+    many times the devices ``cfg`` would take as it is, since all that a device holds shrinks with them.
     """
     limit, known = FULL * report.hbm_gib, report.peak_gib / report.estimated_gib
     mesh = make_mesh(cfg.mesh, devices)
@@ -126,6 +126,7 @@ def would_fit(cfg: TrainConfig, devices: Sequence[Any], report: Report, slices: 
         return found
     try:
         fit = choices(cfg, devices, slices)
-    except UserError as error:  # it says how many devices it takes
-        return [str(error)]
-    return [str(c) for c in fit if known * c.estimate.gib <= limit][:1] or [f"{_times(known)} times as many devices"]
+    except UserError:  # nothing, even by estimate
+        fit = []
+    more = f"{_times(report.peak_gib / limit)} times as many devices"
+    return [str(c) for c in fit if known * c.estimate.gib <= limit][:1] or [more]

@@ -16,7 +16,7 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     """The devices of ``slices`` slices of a topology such as ``v5p:8x8x8``, without having them."""
     if slices < 1:
         raise UserError(f"slices must be at least 1, not {slices}")
-    if re.search(r"[:x]0+(x|$)", name):  # libtpu would divide by it
+    if re.search(r"[=_:x]0+(x|_|$)", name):  # libtpu would divide by it
         raise UserError(f"{name!r} is no topology, {EXAMPLES}")
     for key, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
         os.environ.setdefault(key, value)

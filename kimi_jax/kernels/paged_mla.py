@@ -39,7 +39,7 @@ def paged_mla_plain(q_BZX: Array, cache_PGX: Array, pages_BP: Array, pos_BT: Arr
 def paged_mla(
     q_BZX: Array, cache_PGX: Array, pages_BP: Array, pos_BT: Array, *, C: int, scale: float, interpret: Any = False
 ) -> Array:
-    """o [B, Z, C]. The positions of a row rise. Slots of a page: a multiple of 8 in f32, of 16 in fewer bits; X: of 128.
+    """o [B, Z, C]. The positions of a row rise. Slots of a page: a multiple of 8 in f32, else of 16; X: of 128.
 
     Page tables and positions are held in SMEM, 4 bytes each: 1 MiB holds 30 rows of 131,072 tokens in pages of 16.
     """

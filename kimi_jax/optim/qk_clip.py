@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kimi_jax.dims import HEADS, LAYERS, Array, Axes, Fused
+from kimi_jax.dims import HEADS, LAYERS, Array, Fused
 
 SCALES: Mapping[str, Callable[[Array], Array]] = {"nope": jnp.sqrt, "rope": lambda g: g}  # by part; others stay
 ALONE = ("kernel", "value")  # Flax's names of a projection's only leaf
@@ -40,24 +40,23 @@ def clipped_leaves(axes: Any, params: Any) -> tuple[dict[str, Clipped], tuple[in
     module belong to the same attention layers. Rows follow the modules' paths, numbers in them by their value.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    of_module: dict[Path, list[tuple[Path, Axes, Array]]] = {}
+    of_module: dict[Path, list[tuple[Path, bool, Fused, Array]]] = {}
     for (path, leaf), names in zip(leaves, tree.flatten_up_to(axes), strict=True):
         last = names[-1] if names else None
         if len(names) < 2 or names[-2] != HEADS or not isinstance(last, Fused):
             continue
         if any(part in SCALES for part, _ in last.parts):
-            of_module.setdefault(_module(path), []).append((path, names, leaf))
+            of_module.setdefault(_module(path), []).append((path, names[0] == LAYERS, last, leaf))
     found: dict[str, Clipped] = {}
     total = heads = 0
     for module in sorted(of_module, key=_natural):
         expected = None
-        for path, names, leaf in of_module[module]:
-            stacked, key = names[0] == LAYERS, jax.tree_util.keystr(path)
-            n_layers = leaf.shape[0] if stacked else 1
+        for path, stacked, last, leaf in of_module[module]:
+            n_layers, key = leaf.shape[0] if stacked else 1, jax.tree_util.keystr(path)
             if expected not in (None, n_layers) or heads not in (0, leaf.shape[-2]):
                 raise ValueError(f"{key}: number of layers or heads differs from its siblings'")
             expected, heads = n_layers, leaf.shape[-2]
-            found[key] = Clipped(total, n_layers, stacked, leaf.ndim - 2, names[-1].parts)
+            found[key] = Clipped(total, n_layers, stacked, leaf.ndim - 2, last.parts)
         total += expected or 0
     return found, (total, heads)
 

@@ -12,6 +12,11 @@ from kimi_jax.errors import UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES")
 FLAGS = ("--coordinator", "--process", "--processes")
+NUMBERS = (  # that launchers set and JAX reads
+    *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    *("TPU_WORKER_ID", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"),
+    *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
 
 
 class Cluster(NamedTuple):
@@ -38,9 +43,9 @@ def find(told: Told, seconds: float, env: Mapping[str, str] = os.environ) -> Clu
     ``JAX_NUM_PROCESSES``, and those before what JAX detects: Cloud TPU VMs, TPUs on GKE (JobSet), Slurm, Open MPI.
     With ``JAX_PLATFORMS=cpu`` nothing is detected, so that a host of a pod can run alone on its CPU.
     """
-    if told.processes == 1:
-        return None
     given = [_chosen(*pair, env) for pair in zip(told, VARIABLES, strict=True)]
+    if str(given[2]) == "1":
+        return None
     if any(value is not None for value in given):
         cluster = _explicit(given)
     elif jax.config.jax_platforms == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
@@ -78,7 +83,10 @@ def _detected(seconds: float) -> Cluster | None:
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(seconds))
     except Exception as error:
-        raise UserError(f"the other processes of this job cannot be found: {error}") from error
+        read = {"TPU_WORKER_ID": "None", **os.environ}  # what JAX reads where it is missing
+        wrong = [name for name in NUMBERS if str(error).endswith(f": {read.get(name)!r}")]
+        why = f"{', '.join(wrong)} must be a number" if wrong else error
+        raise UserError(f"the other processes of this job cannot be found: {why}") from error
     coordinator, processes, process, local_device_ids = found
     if coordinator is None or processes is None or process is None:
         return None

@@ -8,9 +8,11 @@ every gradient once, in pieces as small as they lie on a device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 AXIS = "data"
@@ -33,7 +35,14 @@ def run(mesh: Mesh, f: Callable, params: Any, batch: Any, whole: Any) -> Any:
 
 
 def total(x: jax.Array) -> jax.Array:
-    return jax.lax.psum(x, AXIS)
+    if x.dtype != jnp.bfloat16:
+        return jax.lax.psum(x, AXIS)
+    return jax.lax.platform_dependent(x, cpu=_total_in_f32, default=partial(jax.lax.psum, axis_name=AXIS))
+
+
+def _total_in_f32(x: jax.Array) -> jax.Array:
+    """XLA:CPU aborts on an all-reduce in bf16 where some axes of the mesh are the compiler's."""
+    return jax.lax.psum(x.astype(jnp.float32), AXIS).astype(x.dtype)
 
 
 def largest(x: jax.Array) -> jax.Array:

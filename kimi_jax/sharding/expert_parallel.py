@@ -120,14 +120,22 @@ def _experts(spread: _Spread, p: Params, x_MD: Array, weights_MK: Array, experts
     tokens = _chunks(x_MD, weights_MK, experts_MK)
     pairs = [a.reshape(-1, 2 - len(a) % 2, *a.shape[1:]) for a in tokens]
     y_pcMD = lax.map(lambda chunks: _forward_chunks(spread, w, *chunks), pairs)
-    return y_pcMD.reshape(x_MD.shape)
+    return _joined(y_pcMD, len(x_MD))
 
 
 def _chunks(*tokens: Array) -> list[Array]:
-    """Arrays of M tokens in the fewest equal chunks of at most TOKENS_AT_ONCE."""
+    """Arrays of M tokens in equal chunks of at most TOKENS_AT_ONCE, filled up with zeros if M has no divisor near."""
     M = len(tokens[0])
-    n = next(n for n in range(-(-M // TOKENS_AT_ONCE), M + 1) if M % n == 0)
-    return [a.reshape(n, M // n, *a.shape[1:]) for a in tokens]
+    fewest = -(-M // TOKENS_AT_ONCE)
+    n = next((n for n in range(fewest, 2 * fewest) if M % n == 0), fewest)
+    if M % n:
+        tokens = tuple(jnp.pad(a, ((0, -M % n), (0, 0))) for a in tokens)
+    return [a.reshape(n, -1, *a.shape[1:]) for a in tokens]
+
+
+def _joined(a_cMX: Array, M: int) -> Array:
+    """The first M tokens of chunks."""
+    return a_cMX.reshape(-1, a_cMX.shape[-1])[:M]
 
 
 def _forward_chunks(spread: _Spread, w: Params, x_cMD: Array, weights_cMK: Array, experts_cMK: Array) -> Array:
@@ -179,7 +187,7 @@ def _backward(spread: _Spread, residuals, dy_MD: Array):
     nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), w)
     tokens = _chunks(x_MD, weights_MK, experts_MK, dy_MD.astype(x_MD.dtype))
     dw, (dx_cMD, dweights_cMK) = lax.scan(chunk, nothing, tokens)
-    return spread.scattered(dw, p), dx_cMD.reshape(x_MD.shape), dweights_cMK.reshape(weights_MK.shape), None
+    return spread.scattered(dw, p), _joined(dx_cMD, len(x_MD)), _joined(dweights_cMK, len(x_MD)), None
 
 
 def _backward_chunk(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,17 +60,29 @@ def vocab_parallel(mesh: Mesh | AbstractMesh) -> Callable[[Array, Array, Array, 
     return cross_entropy
 
 
-def _chunks(n_tokens: int, V: int) -> int:
-    """The fewest equal chunks of the vocabulary whose logits fit."""
-    return next(n for n in range(1, V + 1) if V % n == 0 and (n_tokens * V // n <= CHUNK_ELEMENTS or n == V))
+def _width(n_tokens: int, V: int) -> int:
+    """Words of a chunk, whose logits have to fit: as many as divide V or, if that halves the chunk, as many as fit."""
+    most = min(V, max(1, CHUNK_ELEMENTS // n_tokens))
+    return next((width for width in range(most, most // 2, -1) if V % width == 0), most)
 
 
-def _logits(over_D: Axes, x_MD: Array, head_DV: Array, chunk: Array, n: int) -> tuple[Array, Array, Array]:
+def _by_chunks(step: Callable, running: Any, n_tokens: int, V: int) -> tuple[Any, Any]:
+    """``step(width, running, at)`` in chunks of one width and what is left; what it finds in each, joined along V."""
+    width = _width(n_tokens, V)
+    n, rest = divmod(V, width)
+    running, found = lax.scan(lambda running, chunk: step(width, running, chunk * width), running, jnp.arange(n))
+    found = jax.tree.map(lambda a_nDV: jnp.moveaxis(a_nDV, 0, 1).reshape(-1, n * width), found)
+    if rest:
+        running, last = step(rest, running, n * width)
+        found = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), found, last)
+    return running, found
+
+
+def _logits(over_D: Axes, x_MD: Array, head_DV: Array, width: int, at: Array | int) -> tuple[Array, Array, Array]:
     """The logits of one chunk of this device's vocabulary, the head's chunk, and the first word of it."""
-    V = head_DV.shape[1]
-    part = lax.dynamic_slice_in_dim(head_DV, chunk * (V // n), V // n, axis=1).astype(x_MD.dtype)
+    part = lax.dynamic_slice_in_dim(head_DV, at, width, axis=1).astype(x_MD.dtype)
     whole_DV = lax.all_gather(part, over_D, axis=0, tiled=True)
-    return product("MD,DV->MV", x_MD, whole_DV), whole_DV, lax.axis_index("tensor") * V + chunk * (V // n)
+    return product("MD,DV->MV", x_MD, whole_DV), whole_DV, lax.axis_index("tensor") * head_DV.shape[1] + at
 
 
 def _loss(
@@ -77,11 +90,10 @@ def _loss(
 ) -> tuple[Array, Array]:
     """The loss of all tokens, and log sum exp of this device's own."""
     x_MD, targets_M, weights_M = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
-    n = _chunks(targets_M.size, head_DV.shape[1])
 
-    def step(running, chunk: Array):
+    def step(width: int, running: tuple[Array, Array, Array], at: Array | int):
         max_M, sum_M, target_M = running
-        logits_MV, _, first = _logits(over_D, x_MD, head_DV, chunk, n)
+        logits_MV, _, first = _logits(over_D, x_MD, head_DV, width, at)
         new_max_M = jnp.maximum(max_M, jnp.max(logits_MV, axis=1))
         sum_M = sum_M * jnp.exp(max_M - new_max_M) + jnp.sum(jnp.exp(logits_MV - new_max_M[:, None]), axis=1)
         column_M = targets_M - first
@@ -90,7 +102,8 @@ def _loss(
         return (new_max_M, sum_M, target_M + jnp.where(inside_M, found_M, 0)), None
 
     zeros_M = jnp.zeros(targets_M.shape, jnp.float32)
-    (max_M, sum_M, target_M), _ = lax.scan(step, (zeros_M - jnp.inf, zeros_M, zeros_M), jnp.arange(n))
+    start = zeros_M - jnp.inf, zeros_M, zeros_M
+    (max_M, sum_M, target_M), _ = _by_chunks(step, start, targets_M.size, head_DV.shape[1])
     overall_M = lax.pmax(max_M, "tensor")
     lse_M = overall_M + jnp.log(lax.psum(sum_M * jnp.exp(max_M - overall_M), "tensor"))
     each_M = weights_M * (lse_M - lax.psum(target_M, "tensor"))
@@ -102,10 +115,9 @@ def _loss_and_gradients(
 ):
     total, lse_M = _loss(over_D, over_tokens, x_BTD, head_DV, targets_BT, weights_BT)
     x_MD, targets_M, weights_M1 = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1, 1)
-    n = _chunks(targets_M.size, head_DV.shape[1])
 
-    def step(dx_MD: Array, chunk: Array):
-        logits_MV, whole_DV, first = _logits(over_D, x_MD, head_DV, chunk, n)
+    def step(width: int, dx_MD: Array, at: Array | int):
+        logits_MV, whole_DV, first = _logits(over_D, x_MD, head_DV, width, at)
         hit_MV = first + jnp.arange(logits_MV.shape[1]) == targets_M[:, None]
         dlogits_MV = weights_M1 * (jnp.exp(logits_MV - lse_M[:, None]) - hit_MV)
         dlogits_MV = jnp.where(weights_M1 != 0, dlogits_MV, 0).astype(x_MD.dtype)
@@ -113,8 +125,8 @@ def _loss_and_gradients(
         dhead_DV = lax.psum_scatter(dhead_DV, over_D, scatter_dimension=0, tiled=True)
         return dx_MD + product("MV,DV->MD", dlogits_MV, whole_DV), dhead_DV
 
-    dx_MD, dhead_nDV = lax.scan(step, jnp.zeros(x_MD.shape, jnp.float32), jnp.arange(n))
+    start_MD = jnp.zeros(x_MD.shape, jnp.float32)
+    dx_MD, dhead_DV = _by_chunks(step, start_MD, targets_M.size, head_DV.shape[1])
     dx_BTD = lax.psum(dx_MD, "tensor").astype(x_BTD.dtype).reshape(x_BTD.shape)
-    dhead_DV = jnp.moveaxis(dhead_nDV, 0, 1).reshape(head_DV.shape)
     others = tuple(axis for axis in over_tokens if axis not in over_D)
     return total, dx_BTD, lax.psum(dhead_DV, others).astype(head_DV.dtype)

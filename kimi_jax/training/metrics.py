@@ -41,7 +41,8 @@ def keep_until(path: Path, step: int) -> None:
 def _tensorboard() -> type:
     """Of tensorboardX, which imports these, where they are installed, for seconds: for tensors and remote folders."""
     hidden = [name for name in ("torch", "boto3", "google.cloud.storage") if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType]  # an import says that there is none
+    for name in hidden:
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]  # an import says that there is none
     try:
         from tensorboardX import SummaryWriter
     finally:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,7 +63,7 @@ def test_what_does_not_fit_is_refused_in_one_line_that_says_what_would(tmp_path)
     run = aot(tmp_path, "--topology", "v5p:2x2x1", *HUGE, "--json", "report.json")
     assert run.returncode == 1 and "memory: does NOT fit" in run.stdout
     last = run.stderr.splitlines()[-1]
-    assert "GiB; what would fit, by estimate: " in last and last.endswith("times as many devices")
+    assert re.search(r"GiB; what would fit, by estimate: \d+ times as many devices$", last)
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["fits"] and report["compiled"] is None and report["peak_gib"] > report["hbm_gib"]
 
@@ -73,6 +75,9 @@ def test_what_does_not_fit_is_refused_in_one_line_that_says_what_would(tmp_path)
         (("--topology", "v5p:2x2x2", "--config.mesh.data=1"), 1, "does not have the 8 devices"),
         (("--topology", "v4:2x2x1"), 1, "is of TPU v4"),
         (("--topology", "v5p:0x2x2"), 1, "is no topology"),
+        (("--topology", "v5p=0x2x2"), 1, "is no topology"),
+        (("--topology", "v5p_0x2x2"), 1, "is no topology"),
+        (("--topology", "v5p:2x2x0_twisted"), 1, "is no topology"),
         (("--topology", "v5p:2x2x1", "--sweep", "0"), 2, "--sweep takes a number from 1 on"),
         (("--topology", "v5p:2x2x1", "--config.steps", "3"), 2, "written --config.KEY=VALUE"),
     ],
@@ -82,6 +87,24 @@ def test_bad_requests(tmp_path, arguments, code, says):
     run = command_line.run(aot_command, "--config", str(tmp_path / "small.py"), *arguments)
     assert run.returncode == code
     assert says in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "most_rows", "says"),
+    [
+        ("bf16", 64, "what would fit: 64 rows, or more devices, or --weights fp8"),
+        ("fp8", 64, "what would fit: 64 rows, or more devices"),
+        ("int8", 0, "what would fit: more devices"),
+    ],
+)
+def test_what_would_fit_of_a_served_step(tmp_path, monkeypatch, weights, most_rows, says):
+    refused = SimpleNamespace(peak_gib=100, hbm_gib=95, most_rows=most_rows)
+    monkeypatch.setattr("kimi_jax.ahead.serving.compile_serving", lambda *_: (refused, None))
+    monkeypatch.setattr("kimi_jax.ahead.serving_table.serving_table", str)
+    (tmp_path / "small.py").write_text(CONFIG)
+    request = ("--config", str(tmp_path / "small.py"), "--topology", "v5p:2x2x1", "--phase", "decode")
+    run = command_line.run(aot_command, *request, "--weights", weights)
+    assert run.returncode == 1 and run.stderr.splitlines()[-1].endswith(says)
 
 
 @pytest.mark.slow

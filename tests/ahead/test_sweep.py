@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,15 +103,22 @@ def test_what_would_fit():
 def test_more_devices_are_the_last_resort():
     cfg = config(model={**LONG, "remat": "full"}, batch_size=16)
     found = sweep.would_fit(cfg, devices(), refused(cfg, 95 * 7), 1)
-    guess = estimate(cfg, make_mesh(cfg.mesh, devices())).gib
-    assert found == [f"{2 ** math.ceil(math.log2(95 * 7 / guess))} times as many devices"]
+    assert found == ["8 times as many devices"]  # 665 GiB, of 87.4 that may be used
+
+
+HUGE = {**LONG, "hidden_size": 16384, "moe_intermediate_size": 12800, "n_routed_experts": 512}
+
+
+def test_how_many_more_devices_what_was_compiled_takes():
+    """The state alone would take 16 times as many."""
+    cfg = config(model=HUGE)
+    assert sweep.would_fit(cfg, devices(), refused(cfg, 2700), 1) == ["32 times as many devices"]
 
 
 def test_state_that_fits_nowhere():
     """9.7e11 parameters, three f32 arrays of them over 8 devices: 1,350 GiB each, which takes 16 times as many."""
-    huge = config(model={**LONG, "hidden_size": 16384, "moe_intermediate_size": 12800, "n_routed_experts": 512})
     with pytest.raises(UserError, match=r"alone need 135\d\.\d GiB a device, of 87.4 .*: use 16 times as many devices"):
-        sweep.choices(huge, devices(), 1)
+        sweep.choices(config(model=HUGE), devices(), 1)
 
 
 def test_a_batch_that_divides_nowhere():

@@ -6,11 +6,13 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kimi_jax.ahead.collectives import collectives
 from kimi_jax.ahead.program import Program
+from kimi_jax.sharding import copies
 from kimi_jax.training.placement import lowered_step, placement
 from kimi_jax.training.step import eval_step, train_step
 from tests.multidevice.test_meshes import divisible
@@ -61,3 +63,11 @@ def test_what_crosses_copies_is_each_gradient_once(place, compiled):
     assert {c.kind for c in across} == {"all-reduce"} and {c.runs for c in across} == {1.0}
     assert gradients <= sum(c.bytes for c in across) < 1.02 * gradients + 4096  # statistics: 2 bytes cross for each
     assert any("expert" in c.axes and c.runs > 1 for c in moved)  # in the loops, within a copy
+
+
+def test_gradients_in_bfloat16_are_added_up(place):
+    """XLA:CPU aborts on this sum in bf16."""
+    rows = jnp.asarray([[1.5, -2.0], [0.25, 256.0]], jnp.bfloat16)
+    add_up = partial(copies.run, place.mesh, lambda _, rows, __: copies.total(rows[0]))
+    found = jax.jit(add_up)(None, rows, None)
+    assert found.dtype == jnp.bfloat16 and found.tolist() == [1.75, 254.0]

@@ -33,7 +33,7 @@ CFG = presets.tiny().replace(
 )
 
 
-def routing(name: str) -> np.ndarray:
+def routing(name: str, T: int = T) -> np.ndarray:
     rng = np.random.default_rng(0)
     if name == "random":
         return np.stack([rng.permutation(E)[:K] for _ in range(B * T)]).reshape(B, T, K)
@@ -64,7 +64,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, jnp.float32).astype(dtype))
 
 
-def spread_and_looped(mesh_name: str, way: str, n_shared: int = 1, **options):
+def spread_and_looped(mesh_name: str, way: str, n_shared: int = 1, T: int = T, **options):
     """experts -> value and gradients, twice: of experts spread over a mesh, and of the loop."""
     mesh, cfg = mesh_of(mesh_name), CFG.replace(n_shared_experts=n_shared)
     rng = np.random.default_rng(1)
@@ -102,13 +102,20 @@ def test_spread_experts_are_the_loop_on_one_device(mesh_name, way, on_cpu):
         assert farthest(*both(jnp.asarray(routing(name), jnp.int32))) <= 2e-6, name
 
 
-@pytest.mark.parametrize("at_once, way", [(4, "ragged"), (6, "padded"), (3, "ragged")])
-def test_tokens_in_chunks(at_once, way, on_cpu, monkeypatch):
-    """A device has twelve: three chunks, a pair, and two pairs."""
+@pytest.mark.parametrize("at_once, way, T", [(4, "ragged", 6), (6, "padded", 6), (3, "ragged", 6), (5, "padded", 7)])
+def test_tokens_in_chunks(at_once, way, T, on_cpu, monkeypatch):
+    """A device has twelve: three chunks, a pair, and two pairs; or fourteen, in three of five."""
     monkeypatch.setattr(expert_parallel_module, "TOKENS_AT_ONCE", at_once)
-    both = spread_and_looped("fsdp 2, expert 2, tensor 2", way)
+    both = spread_and_looped("fsdp 2, expert 2, tensor 2", way, T=T)
     for name in ("random", "two take all"):
-        assert farthest(*both(jnp.asarray(routing(name), jnp.int32))) <= 2e-6, name
+        assert farthest(*both(jnp.asarray(routing(name, T), jnp.int32))) <= 2e-6, name
+
+
+@pytest.mark.parametrize(
+    "M, chunks", [(8192, (1, 8192)), (20_480, (4, 5120)), (10_007, (2, 5004)), (16_411, (3, 5471))]
+)
+def test_chunks_of_any_number_of_tokens(M, chunks):
+    assert expert_parallel_module._chunks(jnp.zeros((M, 1)))[0].shape == (*chunks, 1)
 
 
 @pytest.mark.parametrize("n_shared", [0, 2])

@@ -19,15 +19,23 @@ def reference(x, head, targets, weights):
     logits = x @ head
     probs = np.exp(logits - logits.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
-    hit = np.eye(V)[targets]
+    hit = np.eye(head.shape[1])[targets]
     loss = -(weights * np.log((probs * hit).sum(-1))).sum()
     dlogits = weights[..., None] * (probs - hit)
     return loss, dlogits @ head.T, np.einsum("btd,btv->dv", x, dlogits)
 
 
-@pytest.mark.parametrize("chunk_elements", [2**25, 100])  # the whole vocabulary at once, or in several chunks
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1, 1), (1, 2, 4, 1, 1), (1, 1, 2, 2, 2), (2, 2, 1, 2, 1)], ids=str)
-def test_loss_and_gradients(shape, chunk_elements, monkeypatch):
+SHAPES = [(8, 1, 1, 1, 1), (1, 2, 4, 1, 1), (1, 1, 2, 2, 2), (2, 2, 1, 2, 1)]
+WHOLE_AND_IN_CHUNKS = [(shape, V, elements) for elements in (2**25, 100) for shape in SHAPES]
+ODD = [
+    ((1, 2, 4, 1, 1), 43, 100),
+    ((1, 1, 2, 2, 2), 46, 100),
+    ((2, 2, 1, 2, 1), 62, 120),
+]  # with a last chunk of 11, 7, 1
+
+
+@pytest.mark.parametrize("shape, V, chunk_elements", WHOLE_AND_IN_CHUNKS + ODD, ids=str)
+def test_loss_and_gradients(shape, V, chunk_elements, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
     rng = np.random.default_rng(0)
     x, head = 3 * rng.standard_normal((B, T, D)), rng.standard_normal((D, V))
@@ -41,3 +49,19 @@ def test_loss_and_gradients(shape, chunk_elements, monkeypatch):
     for found, wanted in zip((ours, dx, dhead), expected, strict=True):
         np.testing.assert_allclose(found, 2 * wanted, rtol=2e-5, atol=2e-6 * np.abs(wanted).max())
     np.testing.assert_allclose(jax.jit(loss)(*args), expected[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tokens, V, width",
+    [
+        (4096, 163_840, 8192),
+        (8192, 163_840 // 8, 4096),
+        (3000, 163_840, 10_240),  # of 11,184 that fit
+        (4096, 151_643, 8192),  # a prime number of words
+        (4096, 32_003, 8192),
+        (1, 61, 61),
+        (2**26, 61, 1),
+    ],
+)
+def test_width_of_a_chunk(tokens, V, width):
+    assert module._width(tokens, V) == width

@@ -41,6 +41,8 @@ def test_flags_and_variables():
 def test_one_process_is_no_cluster():
     assert find(Told(processes=1), 1, ENV) is None
     assert find(Told("a:1", 0, 1), 1, {}) is None
+    assert find(Told(), 1, {"JAX_NUM_PROCESSES": "1"}) is None
+    assert find(Told(processes=4), 1, ENV | {"JAX_NUM_PROCESSES": "1"}) == Cluster("host0:1234", 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,22 @@ def test_slurm(monkeypatch, not_on_the_cpu):
     set_environment(monkeypatch, SLURM)
     found = find(Told(), 1, {})
     assert found and found.coordinator.startswith("node001:") and (found.process, found.processes) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        (SLURM | {"SLURM_NTASKS": ""}, "SLURM_NTASKS"),
+        (SLURM | {"SLURM_PROCID": "node3"}, "SLURM_PROCID"),
+        (GKE | {"TPU_WORKER_ID": "one"}, "TPU_WORKER_ID"),
+        ({key: value for key, value in GKE.items() if key != "TPU_WORKER_ID"}, "TPU_WORKER_ID"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(values, name, monkeypatch, not_on_the_cpu):
+    set_environment(monkeypatch, values)
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", "TPU_SKIP_MDS_QUERY" in values)
+    with pytest.raises(UserError, match=f"cannot be found: {name} must be a number$"):
+        find(Told(), 1, {})
 
 
 def test_two_slices_on_gke(monkeypatch, not_on_the_cpu):
