@@ -143,7 +143,7 @@ class ModelConfig:
         given = values.get("rope")
         if given is None or hasattr(given, "keys"):  # a ConfigDict is no Mapping
             values["rope"] = {**base.get("rope", {}), **(given or {})}
-        return from_dict(cls, {**base, **values}, "model")
+        return from_dict(cls, {**base, **values}, "model", also=("preset",))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any] | str | Path, **changes) -> ModelConfig:
@@ -257,15 +257,15 @@ def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"theta": theta, **values}
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> T:
     """Builds a frozen dataclass from a mapping; unknown, missing and mistyped keys raise ``UserError``.
 
-    A nested dataclass with a ``from_string`` may be given as a plain string.
+    A nested dataclass with a ``from_string`` may be given as a plain string. ``also``: keys that the caller took out.
     """
     hints = get_type_hints(cls)
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(key, (*hints, *also), n=1, cutoff=0.0)
             raise UserError(f"unknown key {where}.{key}; did you mean {where}.{near[0]}?")
     required = [
         f.name

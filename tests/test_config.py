@@ -269,6 +269,7 @@ def test_from_config_without_a_preset():
     "values, message",
     [
         ({"preset": "tiny", "hiden_size": 8}, "model.hiden_size; did you mean model.hidden_size"),
+        ({"prest": "tiny"}, "model.prest; did you mean model.preset"),
         ({"preset": "tiny", "rope": {"tehta": 8}}, "model.rope.tehta; did you mean model.rope.theta"),
         ({"preset": "tinny"}, "tinny.*tiny"),
         ({"hidden_size": 8}, "model lacks .*vocab_size"),
