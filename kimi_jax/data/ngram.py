@@ -13,6 +13,22 @@ CONTEXTS = 257
 CHUNK = 4 << 20  # bytes of a document that are counted together
 
 
+class First:
+    """Documents up to the one with which ``most`` bytes are reached; ``cut`` says whether that left any out."""
+
+    def __init__(self, documents: Iterable[bytes], most: int):
+        self._documents, self._most, self.cut = documents, most, False
+
+    def __iter__(self) -> Iterator[bytes]:
+        total = 0
+        for document in self._documents:
+            self.cut = total >= self._most
+            if self.cut:
+                return
+            total += len(document)
+            yield document
+
+
 def order2_bits_per_byte(train: Iterable[bytes], held_out: Iterable[bytes]) -> float:
     """Mean of -log2 p(c | a, b) over the bytes c of ``held_out``, where a, b are the two bytes before c.
 

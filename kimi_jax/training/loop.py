@@ -25,7 +25,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from kimi_jax.checkpoint.emergency_exchange import forget as forget_copies
 from kimi_jax.checkpoint.manager import Checkpoints, read_meta
 from kimi_jax.data import tokenizer as tokenizers
-from kimi_jax.data.ngram import order2_bits_per_byte
+from kimi_jax.data.ngram import First, order2_bits_per_byte
 from kimi_jax.data.packing import Batch
 from kimi_jax.data.pipeline import EvalData, TrainData, split_bytes
 from kimi_jax.dims import Array, Params
@@ -49,6 +49,8 @@ from kimi_jax.training.emergency import EmergencyCopies
 from kimi_jax.training.placement import lowered_step, placement, shapes
 from kimi_jax.training.step import Metrics, TrainState, eval_step, init_state
 from kimi_jax.training.turns import process_0_first
+
+BASELINE_BYTES = 2**30  # of each text, at most, that the model it is compared with has seen
 
 
 class Unreported(NamedTuple):
@@ -290,9 +292,10 @@ class Run:
             return
         print(f"curves: {metrics.plot(self.workdir, self.cfg.optimizer.tau)}")
         held_out = metrics.read(self.workdir / metrics.FILE, "eval")[-1]["bits_per_byte"]
-        train, held = (split_bytes(self.cfg.data, which) for which in ("train", "eval"))
+        train, held = (First(split_bytes(self.cfg.data, which), BASELINE_BYTES) for which in ("train", "eval"))
         baseline = order2_bits_per_byte(train, held)
-        print(f"held-out bits per byte: {held_out:.4f}; an order-2 byte model of the same text: {baseline:.4f}")
+        text = f"the first {BASELINE_BYTES >> 20} MiB" if train.cut or held.cut else "the same text"
+        print(f"held-out bits per byte: {held_out:.4f}; an order-2 byte model of {text}: {baseline:.4f}")
         if (
             self.cfg.sample_tokens > 0 and jax.process_count() == 1
         ):  # generates on one device, with all the weights there

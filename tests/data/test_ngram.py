@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from kimi_jax.data import ngram
-from kimi_jax.data.ngram import order2_bits_per_byte
+from kimi_jax.data.ngram import First, order2_bits_per_byte
 from kimi_jax.errors import UserError
 
 
@@ -87,3 +87,9 @@ def test_without_training_text_every_byte_costs_eight_bits():
 def test_nothing_to_measure(held_out):
     with pytest.raises(UserError, match="no held-out text"):
         order2_bits_per_byte([b"abc"], held_out)
+
+
+@pytest.mark.parametrize(("most", "n", "cut"), [(1, 1, True), (3, 1, True), (4, 2, False), (9, 2, False)])
+def test_the_first_documents(most, n, cut):
+    documents = First([b"abc", b"de"], most)
+    assert (len(list(documents)), documents.cut) == (n, cut)
