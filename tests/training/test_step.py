@@ -16,7 +16,7 @@ from kimi_jax.data.packing import Batch
 from kimi_jax.dims import map_specs
 from kimi_jax.model import KimiK2, specs
 from kimi_jax.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from kimi_jax.training.step import TrainState, batch_sums, eval_step, init_state, optimizer, train_step
+from kimi_jax.training.step import TrainState, Whole, batch_sums, eval_step, init_state, optimizer, train_step
 
 MODEL = presets.tiny().replace(
     vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
@@ -64,6 +64,13 @@ def a_state(cfg: TrainConfig, params) -> TrainState:
 
 
 STEP = jax.jit(train_step, static_argnums=0)
+
+
+@pytest.mark.parametrize(("scale", "total"), [(1.0, None), (1e-3, None), (0.0, 1.0)])
+def test_what_a_batch_weighs(scale, total):
+    """Its weights' sum, however small; one that weighs nothing is divided by 1."""
+    weights = scale * a_batch().weights
+    np.testing.assert_allclose(Whole.of(a_batch()._replace(weights=weights)).weight, total or weights.sum())
 
 
 def bias_of(state: TrainState) -> np.ndarray:
