@@ -16,8 +16,16 @@ from kimi_jax.server.disjoint import Disjoint
 from kimi_jax.server.finite import Finite
 from kimi_jax.server.references import NAMED, rebase
 
-FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
-_MINUTES = {"time": r"^\d\d:\d\d:[0-5]", "date-time": r"[Tt]\d\d:\d\d:[0-5]"}  # second 60 is rarely a time
+FORMATS = {"date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+_YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_FOURTH = "(?:0[48]|[2468][048]|[13579][26])"
+_DAY = (
+    f"(?:{_YEAR}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
+    f"|(?:[0-9]{{2}}{_FOURTH}|{_FOURTH}00)-02-29)"
+)
+_HOUR_AND_MINUTE = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOUR_AND_MINUTE}:[0-5][0-9](?:\.[0-9]+)?(?:[Zz]|[+-]{_HOUR_AND_MINUTE})"
+_AS_PATTERNS = {"time": f"^{_TIME}$", "date-time": f"^{_DAY}[Tt]{_TIME}$"}  # the compiler's have second 60, always
 _ALTERNATIVES = {"anyOf", "oneOf"}
 _LISTS = {"allOf", "prefixItems"}
 _SINGLE = {"items", "additionalProperties"}
@@ -47,7 +55,7 @@ def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
     _check_property_count(schema)
     required = schema.get("required")
     required = set(map(str, required)) if isinstance(required, list) else set()
-    found = {}
+    found, narrower = {}, []
     for key, value in schema.items():
         if key == "x-guidance" or (key, value) == ("uniqueItems", False):
             continue
@@ -55,6 +63,9 @@ def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
             continue
         if key == "format" and not isinstance(value, str):
             raise UserError(f"a format must be a string, not {type(value).__name__}")
+        if key == "format" and value in _AS_PATTERNS:
+            narrower.append({"pattern": _AS_PATTERNS[value]})
+            continue
         if key == "format" and value not in FORMATS:
             continue
         if key == "pattern" and isinstance(value, str):
@@ -74,8 +85,8 @@ def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
         elif key in _SINGLE and isinstance(value, Mapping):
             value = normal(value) if finite(value) else False
         found[key] = value
-    if found.get("format") in _MINUTES:
-        found["allOf"] = [*found.get("allOf", []), {"pattern": _MINUTES[found["format"]]}]
+    if narrower and isinstance(found.setdefault("allOf", []), list):
+        found["allOf"] += narrower
     _sound_bounds(found)
     return found
 

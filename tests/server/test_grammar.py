@@ -44,8 +44,9 @@ def test_values_validate(schema, vocabulary, tokenizer, walker):
         ({"type": "string", "pattern": r"^[^\W\d_]+$", "maxLength": 3}, lambda s: re.fullmatch("[A-Za-z]+", s)),
         ({"type": "string", "format": "time"}, lambda s: int(s[6:8]) < 60),
         ({"type": "string", "format": "date-time"}, lambda s: int(s[17:19]) < 60),
+        ({"type": "string", "format": "date-time", "maxLength": 22}, lambda s: len(s) <= 22 and int(s[17:19]) < 60),
     ],
-    ids=["letters", "time", "date-time"],
+    ids=["letters", "time", "date-time", "short date-time"],
 )
 def test_what_dialects_and_readers_disagree_on(schema, fits, vocabulary, tokenizer, walker):
     """ECMAScript's word is ASCII; second 60 is a time at 23:59 UTC alone, and many a reader takes none."""
