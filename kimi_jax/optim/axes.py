@@ -14,7 +14,8 @@ from kimi_jax.dims import BUFFER, EXPERTS, HEADS, LAYERS, VOCAB, Array, Axes, Fu
 
 MATRIX, ELEMENTWISE, FROZEN = "matrix", "elementwise", "frozen"
 STACKS = (LAYERS, EXPERTS)
-NOT_HIDDEN = re.compile(r"(.*_)?embed.*|unembed.*|vocab.*|wte|wpe|(lm_|output_)?head")  # a key of the leaf's path
+NOT_HIDDEN = re.compile(r"(.*_)?(embed.*|bias|scale)|unembed.*|vocab.*|wte|wpe|head|(lm_|output_)head(_\d+)?")
+WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # where one begins in LMHead, TokenEmbedding
 
 
 @dataclass(frozen=True)
@@ -47,33 +48,39 @@ def layouts(params: Any, axes: Any | None, split_fused: bool) -> Any:
 def match(params: Any, axes: Any) -> Any:
     """``axes`` in the structure of ``params``, with every leaf checked against its parameter."""
     found = jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_axes)[0]
-    names = {jax.tree_util.keystr(path): leaf for path, leaf in found}
+    names = {_key(path): leaf for path, leaf in found}
 
     def look_up(path, leaf):
-        key = jax.tree_util.keystr(path)
+        key, shown = _key(path), jax.tree_util.keystr(path)
         if key not in names:
-            raise ValueError(f"axes has no entry for parameter {key}")
+            raise ValueError(f"axes has no entry for parameter {shown}")
         if not is_axes(names[key]) or len(names[key]) != leaf.ndim:
-            raise ValueError(f"axes of parameter {key} are {names[key]!r}, but its shape is {leaf.shape}")
+            raise ValueError(f"axes of parameter {shown} are {names[key]!r}, but its shape is {leaf.shape}")
         return names.pop(key)
 
-    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=_empty):
-        if _empty(node):
-            names.pop(jax.tree_util.keystr(path), None)
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_empty)
+    empty = [_key(path) for path, node in nodes if _empty(node)]
     matched = [look_up(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
-    if names:
-        raise ValueError(f"axes names parameters that do not exist: {', '.join(names)}")
+    left = ["".join(key) for key in names if not any(key[: len(start)] == start for start in empty)]
+    if left:
+        raise ValueError(f"axes names parameters that do not exist: {', '.join(left)}")
     return jax.tree.unflatten(jax.tree.structure(params), matched)
 
 
+def _key(path) -> tuple[str, ...]:
+    """The same for a parameter as it is and in one of Flax's boxes: ``nnx.Optimizer`` updates what it has unpacked."""
+    boxed = path[-1:] == (jax.tree_util.GetAttrKey("value"),)
+    return tuple(jax.tree_util.keystr((entry,)) for entry in (path[:-1] if boxed else path))
+
+
 def _empty(node: Any) -> bool:
-    """A part of the tree without parameters, such as what ``optax.masked`` puts in the place of those it hides."""
-    return isinstance(node, tuple) and not node
+    """A part of the tree without parameters: None, or what ``optax.masked`` puts in the place of those it hides."""
+    return node is None or isinstance(node, tuple) and not node
 
 
 def _by_name(path, leaf) -> Layout:
-    keys = re.findall(r"\w+", jax.tree_util.keystr(path).lower())
-    hidden = not any(NOT_HIDDEN.fullmatch(key) for key in keys)
+    keys = re.findall(r"\w+", jax.tree_util.keystr(path))
+    hidden = not any(NOT_HIDDEN.fullmatch(WORD.sub("_", key).lower()) for key in keys)
     return Layout(MATRIX) if leaf.ndim == 2 and leaf.size and hidden else Layout(ELEMENTWISE)
 
 

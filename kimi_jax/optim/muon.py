@@ -90,8 +90,8 @@ def muon_clip(
     ``axes``: logical axis names, a tuple per leaf in the structure of the parameters (``kimi_jax.dims``). "layers" and
     "experts" stack matrices; "heads" and the axis after it form one side; a leaf with "vocab" is an embedding or head;
     "router_bias" is a buffer that stays as it is; ``Fused`` parts named "nope" and "rope" after "heads" are what
-    QK-Clip scales. Without ``axes`` a 2-D leaf is a matrix unless its path names an embedding or a head, and nothing
-    is clipped.
+    QK-Clip scales. Without ``axes`` a 2-D leaf is a matrix unless its path names an embedding, a head, a bias or a
+    scale, and nothing is clipped.
     ``momentum_dtype``: of the momentum of matrices as it is kept; ``None`` means that of the parameter.
     ``split_fused``: orthogonalise each part of a ``Fused`` axis as its own matrix.
     ``orthogonalise``: takes the place of ``orthogonalised``, for matrices that lie spread over devices; leaves that are

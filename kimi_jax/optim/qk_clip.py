@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from kimi_jax.dims import HEADS, LAYERS, Array, Fused
 
 SCALES: Mapping[str, Callable[[Array], Array]] = {"nope": jnp.sqrt, "rope": lambda g: g}  # by part; others stay
-ALONE = ("kernel", "value")  # Flax's names of a projection's only leaf
+ALONE = ("kernel", "weight", "value")  # names of a projection's matrix, and of what Flax's boxes hold
 
 Path = tuple[Any, ...]  # of ``jax.tree_util``
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 from kimi_jax.dims import Fused
 from kimi_jax.optim import adamw, muon_clip
@@ -217,6 +218,45 @@ def test_empty_nodes_and_masks_with_axes():
     updates, _ = both.update(grads, both.init(params), params, max_logits=MAXIMA)
     assert updates.pop("none") == ()
     jax.tree.map(np.testing.assert_array_equal, updates, want)
+
+
+@pytest.mark.parametrize("hide", ["masked", "None"])
+def test_whole_parts_may_be_hidden(hide):
+    """By a mask that names a part and not its leaves, or by None in its place: the axes of all that still fit."""
+    params, grads = inputs()
+    whole, kept = FAMILY["muon_clip"](LR), {"experts", "embedding"}
+    want, _ = whole.update(grads, whole.init(params), params, max_logits=MAXIMA)
+    if hide == "masked":
+        optimizer = optax.masked(whole, {key: key in kept for key in params})
+    else:
+        optimizer = whole
+        params, grads = ({key: tree[key] if key in kept else None for key in tree} for tree in (params, grads))
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, max_logits=MAXIMA)
+    for key in kept:
+        np.testing.assert_array_equal(updates[key], want[key])
+
+
+def test_nnx_optimizer_with_axes():
+    """It makes the state from Flax's variables and updates with what they hold."""
+
+    class Attention(nnx.Module):
+        def __init__(self):
+            self.query, self.key = (nnx.Param(jnp.ones((3, 2, 4))) for _ in range(2))
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([Attention() for _ in range(12)])
+
+    model, names = Model(), ("embed", "heads", Fused((("nope", 4),)))
+    zero = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+    axes = jax.tree.map(lambda _: names, zero)
+    optimizer = nnx.Optimizer(model, muon_clip(LR, tau=3.0, weight_decay=0.0, axes=axes), wrt=nnx.Param)
+    optimizer.update(model, zero, max_logits=jnp.ones((12, 2)).at[2, 1].set(12.0))
+    for i, layer in enumerate(model.layers):
+        for found in (layer.query[...], layer.key[...]):
+            want = np.ones((3, 2, 4))
+            want[:, 1] *= 0.5 if i == 2 else 1.0
+            np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("make_any", [muon_clip, adamw])

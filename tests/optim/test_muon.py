@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,8 +234,24 @@ def test_a_bias_per_head_is_no_matrix():
     assert state.second["bias"].shape == (3, 4)
 
 
-def test_names_are_matched_as_whole_keys():
-    params = {"multi_head_attention": {"w": jnp.ones((3, 4))}, "lm_head": {"w": jnp.ones((3, 4))}}
-    second = muon_clip(LR).init(params).second
-    assert isinstance(second["multi_head_attention"]["w"], optax.MaskedNode)
-    assert second["lm_head"]["w"].shape == (3, 4)
+@pytest.mark.parametrize(
+    ("path", "is_matrix"),
+    [
+        ("multi_head_attention/w", True),
+        ("MultiHeadAttention_0/w", True),
+        ("Dense_0/kernel", True),
+        ("lm_head/w", False),
+        ("LMHead_0/Dense_0/kernel", False),  # as Flax names what has no name
+        ("TokenEmbedding_0/table", False),
+        ("tok_embeddings/weight", False),
+        ("query/bias", False),  # [heads, width]
+        ("layers/norm/scale", False),  # of stacked layers
+    ],
+)
+def test_what_names_say(path, is_matrix):
+    """Without axes: AdamW for embeddings, heads, gains and biases, and names are those of whole keys."""
+    params: Any = jnp.ones((3, 4))
+    for key in reversed(path.split("/")):
+        params = {key: params}
+    (found,) = jax.tree.leaves(muon_clip(LR).init(params).second, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    assert isinstance(found, optax.MaskedNode) == is_matrix

@@ -223,7 +223,7 @@ def test_siblings_must_agree():
         muon_clip(1e-3, tau=TAU, axes=axes).init(params)
 
 
-@pytest.mark.parametrize("leaf", [lambda w: w, lambda w: {"kernel": w}], ids=["plain", "flax"])
+@pytest.mark.parametrize("leaf", [lambda w: w, lambda w: {"kernel": w}, lambda w: {"weight": w}])
 def test_layers_that_are_not_stacked_count_by_their_numbers(leaf):
     """Sorted as text, "layer_10" would come before "layer_2" and be clipped in its place."""
     names, sharp = [f"layer_{i}" for i in range(12)], 2
