@@ -27,7 +27,7 @@ from kimi_jax.errors import UserError
 FOLDER, PARTS = "checkpoints", {"state", "meta"}
 CHUNK_BYTES = 64 << 20  # that are written and read together, about
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails raises, too
 
 
 class Checkpoints:
@@ -40,17 +40,16 @@ class Checkpoints:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a kill left half-written
         )
-        try:
+        with self._writable():
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", "meta"))
-        except OSError as error:
-            raise UserError(f"cannot write checkpoints to {directory}: {error.strerror}") from error
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts to save; the arrays are copied before it returns. ``meta`` must be JSON."""
         meta = {"format_version": FORMAT_VERSION, "step": step, **meta}
         how = jax.tree.map(_layer_by_layer, state)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state, how), meta=ocp.args.JsonSave(meta))  # type: ignore
-        self._manager.save(step, args=items)
+        with self._writable():
+            self._manager.save(step, args=items)
 
     def latest(self) -> int | None:
         """The newest complete step."""
@@ -67,10 +66,25 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything that was saved is complete on disk; raises if saving failed."""
-        self._manager.wait_until_finished()
+        with self._writable():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writable():
+            self._manager.close()
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Whatever Orbax and TensorStore raise where nothing can be written, such as on a full disk, as one line."""
+        try:
+            yield
+        except Exception as error:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax abandons tasks, which complain at the end
+            why = getattr(error, "strerror", None) or str(error).partition("\n")[0].rpartition(": ")[2]
+            raise UserError(
+                f"cannot write checkpoints to {self._directory}: {why}; when it can be written, the same command goes "
+                "on from the newest complete one"
+            ) from error
 
 
 def _layer_by_layer(x: Any) -> ocp.SaveArgs:
@@ -138,15 +152,19 @@ def _readable(step: paths.AnyPath) -> Iterator[None]:
         yield
     except Exception as error:
         first = str(error).partition("\n")[0][:200]
-        raise UserError(
-            f"the checkpoint {step} is incomplete or damaged; move it away to use the one before it "
-            f"({type(error).__name__}: {first})"
-        ) from error
+        raise UserError(f"{_damaged(step)} ({type(error).__name__}: {first})") from error
+
+
+def _damaged(step: paths.AnyPath) -> str:
+    return f"the checkpoint {step} is incomplete or damaged; move it away to use the one before it"
 
 
 def _found(path: paths.AnyPath) -> paths.AnyPath:
     step = find(path)
     if step is None:
+        if paths.name(path).isdigit() and paths.is_dir(path):
+            lost = sorted(PARTS - set(paths.names(path)))
+            raise UserError(f"{_damaged(path)} (it lacks its {' and '.join(lost)})")
         raise UserError(f"{path} holds neither a Hugging Face model nor a complete checkpoint")
     return step if paths.is_remote(step) else Path(step).absolute()
 

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +81,6 @@ class Run:
         self._checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
         self.step = int(broadcast_one_to_all(self._checkpoints.latest() or 0))  # a folder may look older elsewhere
         self._agreed_to_stop = False
-        self._skipped = 0
         self._signals = Signals()
 
     def train(self) -> None:
@@ -142,12 +141,13 @@ class Run:
             if self._copies:
                 self._copies.clear()
         finally:
-            tracer.close()
-            if self._copies:
-                self._copies.close()
-            if self._writer:
-                self._writer.close()
-            self._checkpoints.close()
+            with ExitStack() as at_last:  # each, whatever the others raise
+                at_last.callback(self._checkpoints.close)
+                if self._writer:
+                    at_last.callback(self._writer.close)
+                if self._copies:
+                    at_last.callback(self._copies.close)
+                tracer.close()
 
     def evaluate(self) -> dict[str, Any]:
         """Bits per byte and loss per token on the held-out split."""
@@ -224,6 +224,8 @@ class Run:
         return load_params(path, model, self._place.state.params)
 
     def _save(self) -> None:
+        if self._writer:
+            self._writer.flush()
         data = {"next_step": self.step, "tokenizer": self.tokenizer.identity}
         self._checkpoints.save(self.step, self.state, {"config": dataclasses.asdict(self.cfg), "data": data})
 
@@ -266,7 +268,7 @@ class Run:
                 "heads_clipped": float((found.max_logits_LN > tau).mean()),
                 "heads_ever_clipped": float(found.heads_ever_clipped),
                 "load_imbalance": metrics.load_imbalance(np.asarray(found.load_LE)),
-                "skipped_steps": self._skipped,
+                "skipped_steps": int(found.skipped),
                 "tokens_per_second": tokens / seconds,
                 "flops_per_second": flops,
                 "mfu": flops / self._peak,
@@ -274,7 +276,6 @@ class Run:
         )
 
     def _not_finite(self, step: int, found: Metrics) -> None:
-        self._skipped += 1
         what = f"loss {float(found.loss)} and gradient norm {float(found.grad_norm)} at step {step}"
         if self.cfg.nonfinite == "skip":
             if self._writer:

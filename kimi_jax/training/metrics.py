@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from kimi_jax.checkpoint.safetensors_writer import named
+from kimi_jax.training.board import Board
 
 FILE, CURVES = "metrics.jsonl", "curves.png"
 
@@ -34,31 +38,24 @@ def keep_until(path: Path, step: int) -> None:
     kept = [r for kind in ("train", "eval") for r in read(path, kind) if r["step"] <= step]
     kept.sort(key=lambda record: record["step"])
     part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    part.replace(path)
-
-
-def _tensorboard() -> type:
-    """Of tensorboardX, which imports these, where they are installed, for seconds: for tensors and remote folders."""
-    hidden = [name for name in ("torch", "boto3", "google.cloud.storage") if name not in sys.modules]
-    for name in hidden:
-        sys.modules[name] = None  # pyright: ignore[reportArgumentType]  # an import says that there is none
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-    return SummaryWriter
+    with named(path):
+        part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        part.replace(path)
 
 
 class Writer:
-    """Writes records as they come; progress is a bar on a terminal and plain lines elsewhere."""
+    """Writes records as they come; progress is a bar on a terminal and plain lines elsewhere.
+
+    A record that cannot be written ends the run: the next start would find a gap.
+    """
 
     def __init__(self, workdir: Path, steps: int, start: int, log_every: int):
         from tqdm import tqdm
 
-        self._file = open(workdir / FILE, "a", encoding="utf-8", buffering=1)
-        self._board = _tensorboard()(str(workdir / "tensorboard"), purge_step=start)
+        self._workdir = workdir
+        with named(workdir):
+            self._file = open(workdir / FILE, "a", encoding="utf-8", buffering=1)
+            self._board = Board(workdir / "tensorboard", start)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=not terminal)
         self._plain, self._log_every, self._steps = not terminal, log_every, steps
@@ -84,16 +81,22 @@ class Writer:
         sys.stdout.flush()
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, **record}) + "\n")
-        if kind == "eval" or record["step"] % self._log_every == 0:
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+        with named(self._workdir):
+            self._file.write(json.dumps({"kind": kind, **record}) + "\n")
+            if kind == "eval" or record["step"] % self._log_every == 0:
+                numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+                del numbers["step"]
+                self._board.add(record["step"], {f"{kind}/{name}": value for name, value in numbers.items()})
+
+    def flush(self) -> None:
+        """Lets all be on disk that was written."""
+        with named(self._workdir):
+            self._board.flush()
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        self._board.close()
+        with named(self._workdir), closing(self._board):
+            self._file.close()
 
 
 class Clock:
@@ -138,6 +141,9 @@ def plot(workdir: Path, tau: float | None) -> Path:
     axes[1, 1].plot(steps, [r["learning_rate"] for r in train], lw=0.8)
     axes[1, 1].set(title="learning rate", xlabel="step")
     path = workdir / CURVES
-    figure.savefig(path, dpi=110)
+    part = path.with_suffix(".part")
+    with named(path):
+        figure.savefig(part, format="png", dpi=110)
+        part.replace(path)
     plt.close(figure)
     return path

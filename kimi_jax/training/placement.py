@@ -49,20 +49,22 @@ class Placement:
 def placement(cfg: TrainConfig, devices: Sequence[Any]) -> Placement:
     """``cfg.mesh`` over ``devices``: those of this program, or of a topology that a program is compiled for."""
     mesh = make_mesh(cfg.mesh, devices)
-    rows, columns = math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape["context"]
+    rows = math.prod(mesh.shape[axis] for axis in BATCH)
     if (cfg.batch_size // cfg.accumulation) % rows:
         raise UserError(
             f"a microbatch of {cfg.batch_size // cfg.accumulation} sequences does not divide over {rows} devices, the "
             f"mesh's {' x '.join(BATCH)}: a batch_size that is a multiple of {rows * cfg.accumulation} would"
         )
-    if cfg.seq_len % columns:
-        raise UserError(
-            f"seq_len {cfg.seq_len} does not divide over mesh.context = {columns}: a multiple of {columns} would"
-        )
+    check_context(cfg)
     state = _state(cfg, mesh)
     alone = len(devices) == 1 and devices[0].platform == "cpu"
     ops = ON_ONE_DEVICE if alone else _spread(cfg, mesh, devices[0], state.params)
     return Placement(mesh, state, NamedSharding(mesh, tokens(mesh)), ops)
+
+
+def check_context(cfg: TrainConfig) -> None:
+    if cfg.seq_len % (n := cfg.mesh.context):
+        raise UserError(f"seq_len {cfg.seq_len} does not divide over mesh.context = {n}: a multiple of {n} would")
 
 
 def _spread(cfg: TrainConfig, mesh: Mesh, device: Any, params: Any) -> StepOps:

@@ -64,6 +64,7 @@ class Metrics(NamedTuple):
     update_rms: Array  # of all parameters together
     learning_rate: Array
     finite: Array  # whether the update was applied
+    skipped: Array  # steps so far whose update was not
     max_logits_LN: Array
     heads_ever_clipped: Array  # share of all heads that QK-Clip has touched so far
     load_LE: Array
@@ -180,7 +181,7 @@ def train_step(
     cfg: TrainConfig, state: TrainState, batch: Batch, ops: StepOps = ON_ONE_DEVICE
 ) -> tuple[TrainState, Metrics]:
     sums = batch_sums(cfg, state.params, batch, ops)
-    grad_norm = optax.tree.norm(sums.grads)
+    grad_norm = _norm(sums.grads)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
     limit = cfg.optimizer.max_grad_norm
     scale = 1.0 if limit is None else jnp.minimum(1.0, limit / jnp.maximum(grad_norm, 1e-12))
@@ -192,7 +193,7 @@ def train_step(
         updates, opt_state = found
         params = _with_new_bias(optax.apply_updates(state.params, updates), sums.load_LE, cfg.bias_update_rate)
         n_params = sum(u.size for u in jax.tree.leaves(updates))
-        return TrainState(old.step, params, opt_state), optax.tree.norm(updates) / n_params**0.5
+        return TrainState(old.step, params, opt_state), _norm(updates) / n_params**0.5
 
     def kept(grads: Params) -> tuple[TrainState, Array]:
         return old, jnp.zeros(())
@@ -205,10 +206,16 @@ def train_step(
         update_rms=update_rms,
         learning_rate=learning_rate(cfg)(taken),  # skipped steps do not count
         finite=finite,
+        skipped=state.step - state.opt_state.count,
         max_logits_LN=sums.max_logits_LN,
         heads_ever_clipped=jnp.mean(state.opt_state.ever_clipped),
         load_LE=sums.load_LE,
     )
+
+
+def _norm(tree: Params) -> Array:
+    """Of all leaves together, summed in f32."""
+    return optax.tree.norm(optax.tree.cast(tree, jnp.float32))
 
 
 def _with_new_bias(params: Params, load_LE: Array, rate: float) -> Params:

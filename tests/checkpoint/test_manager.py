@@ -171,6 +171,15 @@ def test_damage_is_named(workdir, tmp_path, file, damage):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("part", ["meta", "state"])
+def test_a_step_that_lost_a_part_is_named(workdir, tmp_path, part):
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    step = tmp_path / "checkpoints" / "4"
+    shutil.rmtree(step / part)
+    with pytest.raises(UserError, match=f"checkpoints/4 is incomplete or damaged; move it away.*lacks its {part}"):
+        read_meta(step)
+
+
 def test_nothing_there(tmp_path, reader):
     with pytest.raises(UserError, match="99"):
         reader.restore(99, like(state()))
@@ -183,6 +192,35 @@ def test_unwritable(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write checkpoints to"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+FULL_DISK = """
+import resource, sys
+import jax, jax.numpy as jnp
+from kimi_jax.checkpoint.manager import Checkpoints
+from kimi_jax.errors import UserError
+
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, {"params": jnp.ones(3)}, {})
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+noise = jax.random.bits(jax.random.key(0), (2**18,))
+try:
+    checkpoints.save(2, {"params": noise}, {})
+    checkpoints.wait()
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.startswith(f"cannot write checkpoints to {tmp_path}: ") and done.stdout.count("\n") == 1
+    assert "too large" in done.stdout and "the same command goes on" in done.stdout
+    assert "ERROR:" not in done.stderr
+    assert restore_params(tmp_path)[1]["step"] == 1
 
 
 WRITER = """

@@ -168,6 +168,32 @@ def test_a_non_finite_step_leaves_everything_as_it_was(place, value):
         assert np.asarray(ours).tobytes() == np.asarray(before).tobytes()
 
 
+def test_norms_of_weights_in_bfloat16():
+    """Without experts no parameter is f32, as the router's bias always is."""
+    model = MODEL.replace(first_k_dense_replace=MODEL.num_hidden_layers, param_dtype="bfloat16")
+    cfg = dataclasses.replace(CFG, model=model)
+    state, batch = init_state(cfg), a_batch()
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    grads = jax.tree.leaves(jax.jit(batch_sums, static_argnums=0)(cfg, state.params, batch).grads)
+    new, metrics = STEP(cfg, state, batch)
+    moved = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), new.params, state.params)
+    rms = np.sqrt(np.mean(np.concatenate([m.ravel() for m in jax.tree.leaves(moved)]) ** 2))
+    norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in grads))
+    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
+    np.testing.assert_allclose(metrics.update_rms, rms, rtol=2e-2)  # after rounding to bf16
+
+
+def test_skipped_steps_are_counted_in_the_state():
+    """So that a run that was stopped in between goes on with their number."""
+    state, good = init_state(CFG, parameters()), a_batch()
+    bad = good._replace(weights=good.weights.at[0, 0].set(jnp.inf))
+    counts = []
+    for batch in (bad, good, bad, bad, good):
+        state, metrics = STEP(CFG, state, batch)
+        counts.append(int(metrics.skipped))
+    assert counts == [1, 1, 2, 3, 3]
+
+
 def test_nothing_to_learn_is_not_an_error():
     batch = a_batch()
     _, metrics = STEP(CFG, a_state(CFG, parameters()), batch._replace(weights=jnp.zeros_like(batch.weights)))
