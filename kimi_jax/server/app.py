@@ -239,7 +239,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return await api_error(request, ApiError(error.status_code, str(error.detail)))
+        body = error_body(request.url.path, ApiError(error.status_code, str(error.detail)))
+        return JSONResponse(body, error.status_code, error.headers)  # Allow, beside 405
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:

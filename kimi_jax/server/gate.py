@@ -18,6 +18,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+REQUEST_ID = (b"x-request-id", b"request-id")  # where OpenAI's clients look, and Anthropic's
 OPEN = {"/", "/health", "/ready", "/metrics"}  # no key needed
 log = logging.getLogger("kimi_jax.access")
 
@@ -70,7 +71,8 @@ class Gate:
             nonlocal started
             if message["type"] == "http.response.start":
                 started, record.status = True, message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", record.id.encode())]
+                named = [(name, record.id.encode()) for name in REQUEST_ID]
+                message["headers"] = [*message.get("headers", []), *named]
             await send(message)
 
         try:

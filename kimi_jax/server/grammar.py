@@ -53,7 +53,7 @@ class Vocabulary:
         if not matcher.is_error():
             matcher.compute_bitmask()  # finds what has no first token
         if matcher.is_error():
-            raise UserError(_first_line(matcher.get_error()))
+            raise UserError(_one_line(matcher.get_error()))
         return matcher
 
 
@@ -68,12 +68,12 @@ class Matcher:
         mask = np.zeros(self._words, np.uint32)
         mask[: len(known)] = known
         if self._matcher.is_error():
-            raise UserError(f"the grammar cannot go on: {_first_line(self._matcher.get_error())}")
+            raise UserError(f"the grammar cannot go on: {_one_line(self._matcher.get_error())}")
         return mask
 
     def accept(self, token: int) -> None:
         if not self._matcher.consume_token(token):
-            raise UserError(f"token {token} breaks the grammar: {_first_line(self._matcher.get_error())}")
+            raise UserError(f"token {token} breaks the grammar: {_one_line(self._matcher.get_error())}")
 
 
 class Without:
@@ -123,10 +123,8 @@ def then(grammar: str, end: int) -> str:
     return json.dumps({"grammars": [{"lark_grammar": f"start: @inner <[{end}]>"}, inner]})
 
 
-def _first_line(error: str) -> str:
-    return (
-        error.split("\n<state>")[0].split("<state>")[0].strip().splitlines()[0][:300] if error.strip() else "no way on"
-    )
+def _one_line(error: str) -> str:
+    return " ".join(error.split("<state>")[0].split())[:300] or "no way on"
 
 
 class _Adapter:

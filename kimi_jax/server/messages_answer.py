@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -113,7 +114,16 @@ def _reason(end: End, calls: bool) -> str:
 def _object(arguments: str) -> dict[str, Any]:
     """Arguments that were not held to their schema may be no object; then there are none."""
     try:
-        value = json.loads(arguments)
+        value = json.loads(arguments, parse_float=_finite, parse_constant=_no_constant)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _finite(text: str) -> float:
+    """The nearest double: the grammar of numbers knows no limit, and JSON no infinity."""
+    return max(-sys.float_info.max, min(float(text), sys.float_info.max))
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

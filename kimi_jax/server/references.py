@@ -19,8 +19,7 @@ def resolve(root: Any, ref: str) -> Any:
     if ref != "#" and not ref.startswith("#/"):
         return None
     value = root
-    for step in ref.split("/")[1:]:
-        step = unquote(step).replace("~1", "/").replace("~0", "~")
+    for step in steps(ref):
         if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
             value = value[int(step)]
         elif isinstance(value, Mapping) and step in value:
@@ -28,6 +27,11 @@ def resolve(root: Any, ref: str) -> Any:
         else:
             return None
     return value
+
+
+def steps(ref: str) -> list[str]:
+    """The names on the way of a pointer."""
+    return [unquote(step).replace("~1", "/").replace("~0", "~") for step in ref.split("/")[1:]]
 
 
 def references(value: Any, named: bool = False) -> set[str]:

@@ -7,14 +7,16 @@ finite value, because an answer that enters it cannot end.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from kimi_jax.errors import UserError
 from kimi_jax.server.disjoint import Disjoint
 from kimi_jax.server.finite import Finite
-from kimi_jax.server.references import NAMED, rebase
+from kimi_jax.server.references import NAMED, rebase, references, steps
 
 FORMATS = {"date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 _YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
@@ -41,17 +43,19 @@ def normalize(schema: Any) -> Any:
         finite = Finite(schema)
         if not finite(schema):
             raise UserError("the schema has no finite value")
-        return _normalize(schema, finite, Disjoint(schema))
+        pointed = frozenset(step for ref in references(schema) for step in steps(ref))
+        return _normalize(schema, finite, Disjoint(schema), pointed)
     except RecursionError:
         raise UserError("the schema is nested too deeply") from None
 
 
-def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
+def _normalize(schema: Any, finite: Finite, disjoint: Disjoint, pointed: frozenset[str]) -> Any:
+    """``pointed``: names on the ways of pointers, which may lead through what is no keyword of schemas."""
     if not isinstance(schema, Mapping):
         return schema
     if "$id" in schema:
         disjoint = Disjoint(schema)
-    normal = functools.partial(_normalize, finite=finite, disjoint=disjoint)
+    normal = functools.partial(_normalize, finite=finite, disjoint=disjoint, pointed=pointed)
     _check_property_count(schema)
     required = schema.get("required")
     required = set(map(str, required)) if isinstance(required, list) else set()
@@ -72,6 +76,10 @@ def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
             value = _exact_pattern(value)
         if key == "patternProperties" and isinstance(value, Mapping):
             value = {_exact_pattern(pattern): part for pattern, part in value.items()}
+        if key in _INWARDS:
+            value = _exact_bound(key, value)
+        if key in ("const", "enum"):
+            _check_exact(value)
         if key in NAMED and isinstance(value, Mapping):
             kept = required if key == "properties" else value.keys() if key[:4] in ("$def", "defi") else set()
             value = {name: normal(part) if name in kept or finite(part) else False for name, part in value.items()}
@@ -84,6 +92,8 @@ def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
             value = [normal(part) for part in value]
         elif key in _SINGLE and isinstance(value, Mapping):
             value = normal(value) if finite(value) else False
+        elif key in pointed:
+            value = [normal(part) for part in value] if isinstance(value, list) else normal(value)
         found[key] = value
     if narrower and isinstance(found.setdefault("allOf", []), list):
         found["allOf"] += narrower
@@ -92,9 +102,10 @@ def _normalize(schema: Any, finite: Finite, disjoint: Disjoint) -> Any:
 
 
 _STEP = 1e-9
-_NUL = re.compile(r"\\(x00|u0000|0|x\{0+\})")
-_PATTERN_PARTS = re.compile(r"\\.|\[\^?|.", re.DOTALL)
+_NUL = re.compile(r"\x00|\\(?:x00|u0000|0|[xu]\{0+\})")
+_PATTERN_PARTS = re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|[xu]\{[0-9A-Fa-f]+\}|.)|\[\^?|.", re.DOTALL)
 _WIDE = {r"\w": r"\w\p{L}\p{M}\p{N}", r"\d": r"\d\p{N}", r"\W": "[^A-Za-z0-9_]", r"\D": "[^0-9]"}
+_PLAIN = {r"\<": "<", r"\>": ">"}  # ends of words to the compiler, and to no other dialect
 
 
 def _exact_pattern(pattern: str) -> str:
@@ -102,22 +113,60 @@ def _exact_pattern(pattern: str) -> str:
 
     What is negated counts ``\w`` and ``\d`` as Unicode does, the rest as ASCII, and so what is negated twice; and it
     leaves out NUL, because the compiler lets a class that holds NUL match the escapes of quote and backslash, too.
+    A class holds no class and no operators, which the compiler would read there.
     """
-    if _NUL.search(pattern):
-        raise UserError(f"the pattern {pattern!r} speaks of NUL, which cannot be enforced")
-    found, negated = "", [False]  # of the classes that are open
+    found, start, negated = "", None, False  # of the class that is open
     for part in _PATTERN_PARTS.findall(pattern):
-        if part in ("[", "[^"):
-            negated.append(negated[-1] or part == "[^")
-            part += r"\x00" if part == "[^" else ""
-        elif part == "]" and len(negated) > 1:
-            negated.pop()
-        elif negated[-1]:
-            part = _WIDE.get(part, part)
+        if _NUL.fullmatch(part) and not negated:
+            raise UserError(f"the pattern {pattern!r} speaks of NUL, which cannot be enforced")
+        if start is None and part in ("[", "[^"):
+            negated = part == "[^"
+            found += part + r"\x00" * negated
+            start = len(found)
+            continue
+        if start is not None and part == "]":
+            if start == len(found):
+                raise UserError(f"the pattern {pattern!r} has ] first in a class: dialects differ, write \\]")
+            start, negated = None, False
+        elif start is not None and part[0] in "[&~":
+            part = "\\" + part
+        elif negated and part in _WIDE:
+            part = _WIDE[part]
         elif part in (r"\W", r"\D"):
             part = rf"[^\x00{_WIDE[part.lower()]}]"
-        found += part
+        found += _PLAIN.get(part) or part
     return found
+
+
+_MOST = 2**63 - 1024  # the last double of 64 bits: the compiler has no bounds beyond
+_INWARDS = {"minimum": math.inf, "exclusiveMinimum": math.inf, "maximum": -math.inf, "exclusiveMaximum": -math.inf}
+
+
+def _exact_bound(key: str, value: Any) -> Any:
+    """A large bound as a double inside: the compiler rounds it, and what lies 1 inside if it is excluded, to either."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 2**53 <= abs(value) < math.inf:
+        return value
+    inwards = _INWARDS[key]
+    if abs(value) > _MOST:
+        if (value > 0) == (inwards > 0):
+            raise UserError("numbers of more than 64 bits cannot be enforced")
+        return _MOST if value > 0 else -_MOST
+    bound = float(value)
+    outside = bound < value if inwards > 0 else bound > value
+    return int(math.nextafter(bound, inwards) if outside or key.startswith("exclusive") else bound)
+
+
+def _check_exact(value: Any) -> None:
+    """The compiler reads a number of many digits as a double nearby, and writes its digits filled up with zeros."""
+    if isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _check_exact(part)
+    elif isinstance(value, float) or (isinstance(value, int) and abs(value) > 2**53):
+        nearest = Decimal(repr(float(value)))
+        exponent = int(nearest.normalize().as_tuple().exponent)
+        other = value % 1 == 0 and nearest != value
+        if other or abs(nearest.scaleb(-exponent)) > 2**53 or not -22 <= exponent <= 22:
+            raise UserError(f"the number {value} has too many digits to be enforced: make it a string")
 
 
 def _sound_bounds(schema: dict[str, Any]) -> None:

@@ -70,6 +70,8 @@ class ToolCalls:
         match self._state:
             case _State.START | _State.TEXT if token == self._id_of[SECTION_BEGIN] and self._may_open():
                 self._state, self._matcher = _State.FIRST_CALL, None
+            case _State.START | _State.TEXT if token == self._id_of[CALL_BEGIN] and self._may_open():
+                self._begin_call()  # the parser needs no section
             case _State.START | _State.TEXT:
                 self._state = _State.TEXT
                 if self._matcher:

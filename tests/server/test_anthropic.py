@@ -1,6 +1,7 @@
 """Messages through the official Anthropic client."""
 
 import json
+import sys
 
 import anthropic
 import jsonschema
@@ -37,6 +38,7 @@ def test_text_and_temperature(serve_text):
         prompt, sampling = server.engine.seen[0]
         assert sampling.temperature == pytest.approx(0.3) and sampling.max_tokens == 100
         assert BYTES.decode(prompt).startswith("<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user")
+        assert str(answer._request_id).startswith("req_")
         usage = answer.usage
         assert usage.input_tokens + usage.cache_read_input_tokens == len(prompt)
         assert (usage.cache_read_input_tokens, usage.output_tokens) == (2, 8)
@@ -212,3 +214,14 @@ def test_arguments_that_are_no_object(serve_text):
         server.engine.script = lambda ids: [*spelled.encode(), BYTES.special_ids["<|im_end|>"]]
         answer = server.anthropic().messages.create(model="kimi", max_tokens=500, messages=ASK, tools=TOOLS)
         assert [block.input for block in answer.content[1:]] == [{}, {}]
+
+
+@pytest.mark.parametrize("number", ["1e999", "-2.5e400", "NaN", "-Infinity"])
+def test_numbers_that_json_cannot_hold(number, serve_text):
+    """The grammar of numbers ends at no exponent; names for infinity need spelled markers."""
+    spelled = CALLS.replace('{"city": "Oslo"}', f'{{"n": {number}, "m": 1.5}}')
+    with serve_text(spelled) as server:
+        server.engine.script = lambda ids: [*spelled.encode(), BYTES.special_ids["<|im_end|>"]]
+        answer = server.anthropic().messages.create(model="kimi", max_tokens=500, messages=ASK, tools=TOOLS)
+        largest = {"1e999": sys.float_info.max, "-2.5e400": -sys.float_info.max}
+        assert answer.content[1].input == ({"n": largest[number], "m": 1.5} if number in largest else {})

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import warnings
 
 import jsonschema
 import numpy as np
@@ -124,6 +125,73 @@ def test_what_breaks_the_compiler_is_a_bad_request(schema):
         compiled(BYTES, lambda: grammar.of_schema(schema), "here")
     assert (caught.value.status, caught.value.param) == (400, "here")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("pattern", "texts"),
+    [
+        (r"^[a-z&&[^b]]$", ["a]", "&]", "[]", "b]", "a"]),
+        (r"^[[:alpha:]]$", ["a]", ":]", "a", "b]"]),
+        (r"^[^[\]]{2}$", ["ab", "[a", "a]", '"\\']),
+        (r"^[~~a&&]$", ["~", "&", "a", "b"]),
+        *((pattern, ["a", '"', "\\", "\n"]) for pattern in (r"^[^\x00-\x1f]$", "^[^\0-\x1f]$")),
+        (r"^\<\w[\>]$", ["<a>", "a"]),
+    ],
+)
+def test_patterns_match_what_the_validator_matches(pattern, texts):
+    schema = {"type": "string", "pattern": pattern}
+    source, validator = grammar.of_schema(schema), jsonschema.Draft202012Validator(schema)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of classes that look nested
+        fit = [text for text in texts if validator.is_valid(text)]
+    assert [text for text in texts if accepts(source, json.dumps(text))] == fit
+
+
+def test_a_bad_pattern_is_said_in_full():
+    with pytest.raises(UserError, match="unclosed group"):
+        BYTES.compiled(grammar.of_schema({"type": "string", "pattern": "(a"}))
+
+
+@pytest.mark.parametrize(
+    "value", [-(2**63), 2**53 + 1, 123456789012345678, 2**60, 1e300, 22.027123201874474, [{"a": 2**64}]]
+)
+@pytest.mark.parametrize("wrap", [lambda v: {"const": v}, lambda v: {"type": "array", "items": {"enum": [1, v]}}])
+def test_numbers_of_too_many_digits_are_refused(value, wrap):
+    """The compiler would write another number, or abort the process."""
+    with pytest.raises(UserError, match="too many digits"):
+        grammar.of_schema(wrap(value))
+
+
+NEAR_2_53 = range(2**53 - 2, 2**53 + 8)
+
+
+@pytest.mark.parametrize("kind", ["integer", "number"])
+@pytest.mark.parametrize("low_name", ["minimum", "exclusiveMinimum"])
+@pytest.mark.parametrize("high_name", ["maximum", "exclusiveMaximum"])
+def test_bounds_between_doubles_are_narrowed(kind, low_name, high_name):
+    for low, high in itertools.product(NEAR_2_53, NEAR_2_53):
+        schema = {"type": kind, low_name: low, high_name: high}
+        try:
+            source = grammar.of_schema(schema)
+            BYTES.compiled(source)
+        except UserError:
+            continue
+        validator = jsonschema.Draft202012Validator(schema)
+        assert [v for v in NEAR_2_53 if accepts(source, str(v)) and not validator.is_valid(v)] == [], schema
+
+
+@pytest.mark.parametrize("bounds", [(-(2**63), 2**63 - 1), (0, 2**64 - 1), (-1.7e308, 1.7e308), (-(2**64), 0)])
+@pytest.mark.parametrize("kind", ["integer", "number"])
+def test_bounds_of_machine_types_are_enforced(kind, bounds):
+    source = grammar.of_schema({"type": kind, "minimum": bounds[0], "maximum": bounds[1]})
+    for value in (-(10**20), -(2**62), 0, 2**62, 10**20):
+        assert accepts(source, str(value)) == (bounds[0] <= value <= bounds[1] and abs(value) < 2**63)
+
+
+@pytest.mark.parametrize("bound", [{"minimum": 2**63}, {"maximum": -(2**63)}, {"exclusiveMinimum": 1e300}])
+def test_bounds_past_64_bits_are_refused(bound):
+    with pytest.raises(UserError, match="64 bits"):
+        grammar.of_schema({"type": "number", **bound})
 
 
 def ref(name):

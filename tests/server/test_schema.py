@@ -43,6 +43,8 @@ def test_what_constrains_nothing_is_taken_out():
         (r"[^\W\d_]", r"[^\x00[^A-Za-z0-9_]\d\p{N}_]"),
         (r"[^\D]", r"[^\x00[^0-9]]"),
         (r"a\.b$", r"a\.b$"),
+        (r"[a&&[^b]~[:w:]\w", r"[a\&\&\[^b]~[:w:]\w"),
+        (r"^[^\x00-\x1f\u007F]\\0\<\>$", r"^[^\x00\x00-\x1f\u007F]\\0<>$"),
     ],
 )
 def test_patterns_are_narrowed(before, after):
@@ -50,9 +52,15 @@ def test_patterns_are_narrowed(before, after):
     assert schemas.normalize({"patternProperties": {before: INTEGER}}) == {"patternProperties": {after: INTEGER}}
 
 
-@pytest.mark.parametrize("pattern", [r"[\x00-a]", r"\u0000", r"\0"])
+@pytest.mark.parametrize("pattern", [r"[\x00-a]", r"\u0000", r"\0", "[\0-a]"])
 def test_nul_in_a_pattern_is_refused(pattern):
     with pytest.raises(UserError, match="NUL"):
+        schemas.normalize({"pattern": pattern})
+
+
+@pytest.mark.parametrize("pattern", ["^[]a]$", "^[^]a]$"])
+def test_a_class_that_dialects_end_at_other_places_is_refused(pattern):
+    with pytest.raises(UserError, match="first in a class"):
         schemas.normalize({"pattern": pattern})
 
 
@@ -154,6 +162,19 @@ def test_one_of_stays_where_its_name_is_needed():
     inside = {"oneOf": [{"$id": "own", "$ref": "#/$defs/b"}, STRING], "$defs": {"b": INTEGER}}
     for schema in (pointed_at, beside_another, many, own, inside):
         assert schemas.normalize(schema) == schema
+
+
+def test_what_pointers_lead_to_is_normalised_wherever_it_is():
+    pet, narrow = {"pattern": r"[^a]"}, {"pattern": r"[^\x00a]"}
+    for before, after in (
+        ({"$ref": "#/components/schemas/a~1b", "components": {"schemas": {"a/b": pet, "c": pet}}}, [narrow, pet]),
+        ({"$ref": "#/x/1/y", "x": [{"y": pet}, {"y": pet}]}, [narrow, narrow]),
+        ({"properties": {"p": {"$ref": "#/properties/q/x"}, "q": {"x": pet}}}, [narrow]),
+    ):
+        found = str(schemas.normalize(before))
+        assert [found.count(str(part)) for part in (narrow, pet)] == [after.count(narrow), after.count(pet)]
+    with pytest.raises(UserError, match="too many digits"):
+        schemas.normalize({"$ref": "#/x", "x": {"const": -(2**63)}})
 
 
 def test_alternatives_that_share_definitions_are_judged_fast():

@@ -74,6 +74,18 @@ def test_text_is_free_until_the_section_opens(vocabulary, tokenizer, walker):
     assert all(call.name in PARAMETERS for call in answer_of(walker.walk(calls), tokenizer).calls)
 
 
+@pytest.mark.parametrize("text", ["", "Let me see: "])
+def test_calls_outside_a_section_are_held_to_the_rules(text, vocabulary, tokenizer, walker):
+    calls, ids = ToolCalls(vocabulary, rules(3)), [*tokenizer.encode(text), tokenizer.special_ids[CALL_BEGIN]]
+    for i in ids:
+        calls.accept(i)
+    answer = answer_of([*ids, *walker.walk(calls)], tokenizer)
+    assert answer.content == text.strip() and answer.calls == answer.started and answer.calls
+    for i, call in enumerate(answer.calls):
+        assert call.id == f"functions.{call.name}:{3 + i}"
+        jsonschema.validate(json.loads(call.arguments), PARAMETERS[call.name])
+
+
 def test_content_bound_by_a_grammar_or_calls(vocabulary, tokenizer, walker):
     section = tokenizer.special_ids[SECTION_BEGIN]
     bound = rules(content=grammar.of_schema(COUNT))
