@@ -149,6 +149,7 @@ BAD = {
     "line 2: stop must be a list": {"prompt": "a", "stop": [""]},
     "line 2: logit_bias must map": {"prompt": "a", "logit_bias": {"x": 1}},
     "line 2: n must be": {"prompt": "a", "n": 0},
+    "line 2: id holds NaN or infinity": '{"prompt": "a", "id": [1e999]}',
 }
 
 

@@ -12,7 +12,8 @@ On TPU, a few tokens per row go through ``kernels.paged_mla``, the absorbed form
 
 The naive form takes fewer operations when many queries share the expansion: per head and cached token
 T (H + R + W) + C (H + W) against T (2C + R). A row's result does not depend on the other rows: what they add to the
-walk is masked, and adds exact zeros.
+walk is masked, and adds exact zeros. Slots past a row's last position are read as zeros, for they may hold anything of
+others, and 0 * NaN is NaN.
 """
 
 from __future__ import annotations
@@ -137,12 +138,15 @@ def _walk(
 
     def queries(group: tuple[Array, Array]) -> Array:
         q_BKZX, pos_BZ = jnp.moveaxis(group[0], 0, 2), group[1].swapaxes(0, 1)
+        last_B11 = jnp.max(pos_BZ, axis=1)[:, None, None]
 
         def block(i: Array, carry):
             max_BKZ1, total_BKZ1, o_BKZW = carry
             block_BP = lax.dynamic_slice_in_dim(pages_BP, i * per_block, per_block, axis=1)
-            k_BKSX, v_BKSW = keys_and_values(cache.gather(cache_LPGX, layer, block_BP).astype(q_BKZX.dtype))
-            allowed_B1ZS = (i * S + jnp.arange(S) <= pos_BZ[..., None])[:, None]
+            kv_BSX = cache.gather(cache_LPGX, layer, block_BP).astype(q_BKZX.dtype)
+            pos_S = i * S + jnp.arange(S)
+            k_BKSX, v_BKSW = keys_and_values(jnp.where(pos_S[:, None] <= last_B11, kv_BSX, 0))
+            allowed_B1ZS = (pos_S <= pos_BZ[..., None])[:, None]
             logits_BKZS = scale * product("BKZX,BKSX->BKZS", q_BKZX, k_BKSX)
             new_max_BKZ1 = jnp.maximum(
                 max_BKZ1, jnp.max(logits_BKZS, axis=-1, keepdims=True, where=allowed_B1ZS, initial=MASKED)

@@ -33,11 +33,16 @@ class Runner:
             raise UserError(f"limits: {limits.shards} shards do not suit a mesh of {devices} devices")
         self._params, self._cfg, self._limits, self._cache_dtype, self._mesh = params, cfg, limits, cache_dtype, mesh
         self._one_at_a_time = devices > 1 and jax.default_backend() == "cpu"  # its collectives wait for threads
-        self.reset()
+        self._state = self._empty()
 
     def reset(self) -> None:
-        """An empty cache."""
-        self._state = step.init_state(self._cfg, self._limits, self._cache_dtype, self._mesh)
+        """An empty cache. The old one goes first, whoever holds it: the device has no room for two."""
+        for array in jax.tree.leaves(self._state):
+            array.delete()
+        self._state = self._empty()
+
+    def _empty(self) -> step.State:
+        return step.init_state(self._cfg, self._limits, self._cache_dtype, self._mesh)
 
     def start(self, plan: StepPlan) -> step.Running:
         if self._one_at_a_time:

@@ -78,6 +78,10 @@ def _job(number: int, line: Any, default: Request) -> Job:
     given["prompt"] = (0,) if text is not None else prompt
     given["sampling"] = dataclasses.replace(default.sampling, **sampling)
     id = given.pop("id", None)
+    try:
+        json.dumps(id, allow_nan=False)
+    except ValueError:  # what Python reads as JSON, but others would not read in the answer
+        raise UserError("id holds NaN or infinity, which is no JSON") from None
     return Job(number, id, text, dataclasses.replace(default, **given))
 
 

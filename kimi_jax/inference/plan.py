@@ -135,14 +135,17 @@ def _by_shard(rows: Many[Row], B: int, limits: Limits) -> np.ndarray | None:
 
 
 def _extras(rows: Many[Row], B: int, J: int, limits: Limits) -> tuple[Extra, Extra, Extra, Extra, Extra]:
-    """Tokens seen and how often, tokens with a bias and theirs, masks: all if any row needs one, programs are few."""
+    """Tokens seen and how often, tokens with a bias and theirs, masks: all if any row needs one, programs are few.
+
+    A penalised row needs its list even if that is empty: the device adds the drafts to it.
+    """
     sampling = {i: row.sequence for i, row in enumerate(rows) if row.samples}
     maps = {i: (sequence.seen, sequence.request.sampling.logit_bias) for i, sequence in sampling.items()}
     masks = {i: sequence.mask for i, sequence in sampling.items() if sequence.mask is not None}
-    longest = max((len(found) for pair in maps.values() for found in pair), default=0)
-    if not longest and not masks:
+    asked = [sequence.request.sampling for sequence in sampling.values()]
+    if not masks and not any(own.penalised or own.logit_bias for own in asked):
         return None, None, None, None, None
-    U = padded(longest, limits.lists)
+    U = padded(max(len(found) for pair in maps.values() for found in pair), limits.lists)
     keys_2BU, values_2BU = np.full((2, B, U), limits.vocab_size, np.int32), np.zeros((2, B, U), np.float32)
     for i, pair in maps.items():
         for k, found in enumerate(pair):

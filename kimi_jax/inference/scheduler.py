@@ -31,6 +31,8 @@ from kimi_jax.inference.rows import decode_rows, prefill_rows, prefill_width
 from kimi_jax.inference.sequence import Detokenizer, Sequence, by_rank
 from kimi_jax.inference.shards import Shard, best
 
+NOT_FINITE = "the model gave NaN or infinity: its weights or their dtype do not suit this text"
+
 
 class Load(NamedTuple):
     running: int
@@ -156,13 +158,8 @@ class Scheduler:
                 sequence.score(row.start, result.next_logprobs(i, sequence.request.sampling.prompt_logprobs or 0))
             event, count = None, 1
             if row.samples:
-                if not sequence.scored:
-                    sequence.scored = True
-                    self._events.append(sequence.event(prompt_logprobs=sequence.prompt_logprobs()))
                 count = int(result.count_B[i])
-                tokens = result.tokens_BJ[i, :count].tolist()
-                asked = sequence.request.sampling.logprobs
-                event = sequence.append(tokens, [] if asked is None else result.logprobs(i, asked))
+                event = self._sampled(sequence, result, i, count)
                 for follower in sequence.followers:
                     follower.started, follower.cached_tokens = True, sequence.cached_tokens
                     insort(self._waiting, follower, key=by_rank)
@@ -175,6 +172,17 @@ class Scheduler:
                 self._finish(sequence, event)
             elif event:
                 self._events.append(event)
+
+    def _sampled(self, sequence: Sequence, result: StepResult, i: int, count: int) -> Event:
+        """What the first ``count`` tokens of row ``i`` mean for the client; the prompt's scores go before."""
+        if not all(map(math.isfinite, result.logprob_BJ[i, :count].tolist())):
+            return sequence.event("error", message=NOT_FINITE)
+        if not sequence.scored:
+            sequence.scored = True
+            self._events.append(sequence.event(prompt_logprobs=sequence.prompt_logprobs()))
+        asked = sequence.request.sampling.logprobs
+        tokens = result.tokens_BJ[i, :count].tolist()
+        return sequence.append(tokens, [] if asked is None else result.logprobs(i, asked))
 
     def _refuse_late(self, now: float) -> None:
         late = [] if math.isinf(self.limits.max_wait_s) else list(self._waiting)

@@ -57,7 +57,7 @@ class Sequence:
             self.seen = dict.fromkeys(request.prompt if request.sampling.repetition_penalty != 1 else (), 0)
         self._drafts = bool(limits.draft) and request.grammar is None
         self._drafter: Drafter | None = None  # from the first draft on: a long prompt's takes a second
-        self._words = -(-limits.vocab_size // 32)
+        self._vocab_size = limits.vocab_size
         self.grammar = request.grammar() if request.grammar else None
         self.mask = self._read_mask()
         if self.mask is not None and not self.mask.any():
@@ -146,10 +146,16 @@ class Sequence:
         return ("stop" if self.mask is not None and not self.mask.any() else None), None
 
     def _read_mask(self) -> np.ndarray | None:
+        """Without the bits past the vocabulary: they allow nothing."""
         mask = None if self.grammar is None else self.grammar.mask()
-        if mask is not None and np.shape(mask) != (self._words,):
-            raise UserError(f"grammar: a mask must have shape ({self._words},), not {np.shape(mask)}")
-        return None if mask is None else np.array(mask).astype(np.uint32)
+        if mask is None:
+            return None
+        words = -(-self._vocab_size // 32)
+        if np.shape(mask) != (words,):
+            raise UserError(f"grammar: a mask must have shape ({words},), not {np.shape(mask)}")
+        mask = np.array(mask).astype(np.uint32)
+        mask[-1] &= np.uint32((2**32 - 1) >> (32 * words - self._vocab_size))
+        return mask
 
 
 def row_seed(seed: int, sample: int) -> int:

@@ -98,9 +98,19 @@ def _kernel(pages, pos, q_1ZX, cache_PGX, o_1ZC, kv_2pGX, arrived_2, slot_1, *, 
     def start(b: Array, block: Array | int, slot: Array | int) -> None:
         each_page(b, block, slot, lambda transfer: transfer.start())
 
+    def clear(block: Array, slot: Array) -> None:
+        """Zeros past the row's last position: what others left there may be NaN, which a weight of 0 does not hide."""
+        after = last(b) + 1 - block * S
+
+        def one(j: Array, _):
+            held_GX = j * G + lax.broadcasted_iota(jnp.int32, (G, X), 0) < after
+            kv_2pGX[slot, j] = jnp.where(held_GX, kv_2pGX[slot, j].astype(q_1ZX.dtype), 0).astype(kv_2pGX.dtype)
+            return _
+
+        lax.fori_loop(after // G, per_block, one, 0)
+
     @pl.when(i == 0)
     def _():
-        kv_2pGX[...] = jnp.zeros_like(kv_2pGX)  # where no page arrives, the weights are 0: let it be no NaN
         slot_1[0] = 0
         start(b, 0, 0)
 
@@ -119,6 +129,7 @@ def _kernel(pages, pos, q_1ZX, cache_PGX, o_1ZC, kv_2pGX, arrived_2, slot_1, *, 
             start(then, at, 1 - slot)
 
         each_page(b, block, slot, lambda transfer: transfer.wait())
+        pl.when(row_ends)(partial(clear, block, slot))
         kv_SX = kv_2pGX[slot].reshape(S, X).astype(q_ZX.dtype)
         logits_ZS = scale * _product(q_ZX, kv_SX, 1)
         allowed_ZS = block * S + lax.broadcasted_iota(jnp.int32, (Z, S), 1) <= pos_Z1

@@ -137,7 +137,8 @@ class Device:
             return {} if keys is None else {int(k): v for k, v in zip(keys[b], values[b], strict=True) if k < vocab}
 
         seen = listed(plan.seen_BU, plan.times_BU)
-        for token in drafts if plan.repetition_B[b] != 1 or plan.presence_B[b] or plan.frequency_B[b] else []:
+        penalised = plan.repetition_B[b] != 1 or plan.presence_B[b] or plan.frequency_B[b]
+        for token in drafts if penalised and plan.seen_BU is not None else []:
             seen[token] = seen.get(token, 0) + 1
         real = (plan.repetition_B, plan.presence_B, plan.frequency_B)
         return (

@@ -23,7 +23,7 @@ def parameters():
 
 
 def drawn(start, T, page_size, n_pages):
-    """Queries and a cache of random numbers, and page tables in no order."""
+    """Queries, a cache of random numbers, NaN where no row of these has been, and page tables in no order."""
     rng = np.random.default_rng(1)
     B, N, H, R, C = len(start), 3, 4, 2, 6
     q = rng.standard_normal((B, T, N, H)), rng.standard_normal((B, T, N, R))
@@ -31,6 +31,10 @@ def drawn(start, T, page_size, n_pages):
     held = rng.standard_normal((2, 1 + B * n_pages, page_size, C + R + 3))
     held[..., C + R :] = 0  # rows may be padded
     pos = np.asarray(start)[:, None] + np.arange(T)
+    held[:, 0] = np.nan
+    for row, last in zip(pages, pos[:, -1], strict=True):
+        held[:, row[last // page_size], last % page_size + 1 :] = np.nan
+        held[:, row[last // page_size + 1 :]] = np.nan
     return q, held, pages, pos
 
 

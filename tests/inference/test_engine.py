@@ -43,8 +43,10 @@ def greedy() -> list[list[int]]:
 
 @pytest.mark.parametrize("draft", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_greedy_is_the_argmax_of_the_full_forward(draft):
-    """Eight prompts on two rows that share and lack pages."""
+    """Eight prompts on two rows that share and lack pages, in which others have left what is not finite."""
     engine = Engine(PARAMS, CFG, dataclasses.replace(LIMITS, draft=draft))
+    pages, tokens = engine._runner._state
+    engine._runner._state = step.State(jnp.full_like(pages, jnp.nan), tokens)
     found = answers(list(engine.generate(Request(prompt=tuple(p), max_tokens=20) for p in PROMPTS)))
     assert [found[i, 0] for i in range(len(PROMPTS))] == greedy()
     assert engine.load()[:3] == (0, 0, 0) and engine.load().preemptions > 0
@@ -82,6 +84,18 @@ def test_logprobs_are_those_of_the_full_forward():
         np.testing.assert_allclose([value for _, value in score.top], expected[i - 1, order], atol=2e-4)
 
 
+def test_nan_ends_its_own_request_and_reaches_no_other():
+    params = {**PARAMS, "embedding": PARAMS["embedding"].at[60].set(jnp.nan)}
+    bad = Request(prompt=(1, 60, 2), sampling=Sampling(prompt_logprobs=1), max_tokens=20, n=2)
+    good = Request(prompt=tuple(PROMPTS[2]), max_tokens=6)
+    events = list(Engine(params, CFG, LIMITS).generate([bad, good, bad, good]))
+    ended = [event for event in events if event.request in (0, 2)]
+    assert sorted((event.request, event.sample) for event in ended) == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert all(event.finish == "error" and "NaN" in str(event.message) for event in ended)
+    found = answers([event for event in events if event.request in (1, 3)])
+    assert found == {(1, 0): greedy()[2][:6], (3, 0): greedy()[2][:6]}
+
+
 class Only:
     """Allows two tokens, in turn."""
 
@@ -89,9 +103,8 @@ class Only:
         self.n = 0
 
     def mask(self) -> np.ndarray:
-        mask = np.zeros(2, np.uint32)
-        mask[1] = np.uint32(1 << (40 + self.n % 2) % 32)
-        return mask
+        past_the_vocabulary = 7 << 29
+        return np.array([0, 1 << (40 + self.n % 2) % 32 | past_the_vocabulary], np.uint32)
 
     def accept(self, token: int) -> None:
         self.n += 1
@@ -152,8 +165,15 @@ def test_a_failing_device_ends_what_runs_and_the_engine_goes_on(monkeypatch):
     def fails(*_):
         raise RuntimeError("out of memory")
 
+    old, empty = engine._runner._state.cache_LPGX, step.init_state
+
+    def init_state(*args):
+        assert old.is_deleted(), "the device has no room for two caches"
+        return empty(*args)
+
     with monkeypatch.context() as patch:
         patch.setattr(step, "run", fails)
+        patch.setattr(step, "init_state", init_state)
         (event,) = engine.step()
     assert (event.request, event.finish) == (first, "error") and "out of memory" in str(event.message)
     found = answers(list(engine.generate([Request(prompt=tuple(PROMPTS[2]), max_tokens=6)])))

@@ -239,6 +239,15 @@ def test_a_grammar_that_fails_ends_its_own_request():
     assert ended[1].finish == "length"
 
 
+def test_drafts_are_penalised_before_anything_was_generated():
+    """A chunk leaves one token of the prompt, whose step has drafts behind it and nobody beside it."""
+    limits = dataclasses.replace(LIMITS, draft=3)
+    for seed in range(20):
+        penalised = Sampling(seed=seed, presence_penalty=0.5)
+        jobs = [Job(0, request([1, 2] * 16 + [1], 8, sampling=penalised))]
+        assert_right(serve(limits, jobs), jobs, limits)
+
+
 @pytest.mark.parametrize("max_tokens, n, size", [(0, 1, 40), (3, 2, 40), (0, 1, 1)])
 def test_the_prompt_is_scored_once(max_tokens, n, size):
     """In chunks, after other requests have left its pages in the cache, and preempted in the middle."""

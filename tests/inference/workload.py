@@ -24,7 +24,9 @@ class NoRepeats:
         self.left, self.last = length, -1
 
     def mask(self) -> np.ndarray:
-        return np.array([sum(1 << t for t in range(VOCAB) if self.left and t != self.last)], np.uint32)
+        past_the_vocabulary = 2**32 - 2**VOCAB  # bits that must not matter
+        allowed = sum(1 << t for t in range(VOCAB) if self.left and t != self.last)
+        return np.array([past_the_vocabulary | allowed], np.uint32)
 
     def accept(self, token: int) -> None:
         assert self.left and token != self.last, "a token that the mask forbids"

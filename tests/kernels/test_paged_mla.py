@@ -16,10 +16,11 @@ def drawn(last, T, N, page_size, n_pages, dtype=jnp.float32, C=24, R=8):
     rng = np.random.default_rng(0)
     B = len(last)
     pages = 1 + rng.permutation(B * n_pages).reshape(B, n_pages)
-    for row, position in zip(pages, last, strict=True):
-        row[position // page_size + 1 :] = 0
     cache = rng.standard_normal((1 + B * n_pages, page_size, C + R))
-    cache[0] = np.nan  # no row may read it
+    cache[0] = np.nan  # no row may read it, nor what others left in its pages past its last position
+    for row, position in zip(pages, last, strict=True):
+        cache[row[position // page_size], position % page_size + 1 :] = np.nan
+        row[position // page_size + 1 :] = 0
     q = rng.standard_normal((B, T * N, C + R))
     pos = np.maximum(np.asarray(last)[:, None] - np.arange(T)[::-1], 0)
     return jnp.asarray(q, dtype), jnp.asarray(cache, dtype), jnp.asarray(pages), jnp.asarray(pos)
