@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_jax import cli
+from kimi_jax.errors import UserError
 
 PROG = "python -m kimi_jax.aot"
 EXAMPLES = f"""\
@@ -53,6 +54,9 @@ def main() -> None:
         parser.error("--rows, --past and --width must be at least 1")
     if args.sweep is not None and (args.sweep < 1 or args.dump_hlo):
         parser.error("--sweep takes a number from 1 on, and no --dump-hlo")
+    for path in (args.json, args.dump_hlo and args.dump_hlo / "program"):
+        if path:
+            _check_writable(path)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
     import jax
@@ -76,7 +80,6 @@ def _one(args: Any, cfg: Any, devices: list[Any]) -> None:
     from kimi_jax.ahead.report import compile_step
     from kimi_jax.ahead.sweep import would_fit
     from kimi_jax.ahead.table import table
-    from kimi_jax.errors import UserError
 
     report, text = compile_step(cfg, devices, args.topology, args.slices)
     print(table(report), flush=True)
@@ -91,9 +94,8 @@ def _one(args: Any, cfg: Any, devices: list[Any]) -> None:
 
 
 def _served(args: Any, cfg: Any, devices: list[Any]) -> None:
-    from kimi_jax.ahead.serving import Serving, compile_serving
+    from kimi_jax.ahead.serving import ROOM, Serving, compile_serving
     from kimi_jax.ahead.serving_table import serving_table
-    from kimi_jax.errors import UserError
 
     model, width = cfg.model.replace(dtype="bfloat16"), 1 if args.phase == "decode" else args.width
     it = Serving(model, args.phase, args.rows, args.past, width, args.weights, args.cache_dtype)
@@ -104,7 +106,10 @@ def _served(args: Any, cfg: Any, devices: list[Any]) -> None:
     if text is None:
         needs = f"the step needs {report.peak_gib:.1f} of {report.hbm_gib:.1f} GiB"
         ways = [f"{report.most_rows} rows"] if report.most_rows else []
-        ways += ["more devices", *(["--weights fp8"] if args.weights == "bf16" else [])]
+        ways += ["a smaller --width"] if width > 1 else []
+        # Every device computes the activations of all tokens.
+        ways += ["more devices"] if width == 1 or report.temporaries_gib < ROOM * report.hbm_gib else []
+        ways += ["--weights fp8"] if args.weights == "bf16" else []
         raise UserError(f"{needs}; what would fit: {', or '.join(ways)}")
     if args.dump_hlo:
         _write(args.dump_hlo / f"{args.phase}.hlo.txt", text)
@@ -113,7 +118,6 @@ def _served(args: Any, cfg: Any, devices: list[Any]) -> None:
 def _sweep(args: Any, overrides: list[str], cfg: Any, devices: list[Any]) -> None:
     from kimi_jax.ahead.sweep import choices
     from kimi_jax.ahead.table import ranking
-    from kimi_jax.errors import UserError
 
     found = choices(cfg, devices, args.slices)
     print(f"{len(found)} choices fit by estimate; compiling the best {min(args.sweep, len(found))}", flush=True)
@@ -147,9 +151,20 @@ def _in_a_process(args: Any, overrides: list[str]) -> dict[str, Any] | None:
         return None
 
 
+def _check_writable(path: Path) -> None:
+    """Before minutes of compiling, not after them."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+
+
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)

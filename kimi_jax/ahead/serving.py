@@ -66,7 +66,7 @@ class ServingReport:
     weights_gib: float
     cache_gib: float
     temporaries_gib: float
-    most_rows: int  # with so long a past, in ROOM of the memory
+    most_rows: int  # whose past, as long as this, the cache holds beside this step, in ROOM of the memory
     longest_past: int  # of so many rows, likewise
     lower_seconds: float
     compile_seconds: float

@@ -15,7 +15,7 @@ def serving_table(r: ServingReport) -> str:
         f"memory: {'fits' if r.fits else 'does NOT fit'}, peak {r.peak_gib:.2f} of {r.hbm_gib:g} GiB per device "
         f"({r.peak_over_hbm:.0%})",
         *(f"  {name:28} {getattr(r, f'{name}_gib'):>9.3f} GiB" for name in ("weights", "cache", "temporaries")),
-        f"  {'rows with such a past':28} {r.most_rows:>9} at most, in 92 % of the memory",
+        f"  {'such pasts beside this step':28} {r.most_rows:>9} at most, in 92 % of the memory",
         f"  {'past of so many rows':28} {r.longest_past:>9} tokens at most",
     ]
     if r.compiled:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from kimi_jax.errors import UserError
 from kimi_jax.model import REMAT_POLICIES
 from kimi_jax.sharding.mesh import BATCH, MeshConfig, make_mesh
 from kimi_jax.training.config import TrainConfig
+from kimi_jax.training.placement import check_context
 
 FULL = 0.92  # of HBM: what is left is for the runtime and fragmentation
 SEQUENCES = (1, 2, 4, 8, 16, 32)
@@ -40,14 +40,20 @@ class Choice:
         return [*mesh, f"accumulation={self.cfg.accumulation}", f"model.remat={self.cfg.model.remat}"]
 
     def __str__(self) -> str:
-        return " ".join(override for override in self.overrides if not re.fullmatch(r"mesh\.\w+=[01]", override))
+        return " ".join(self.overrides)
 
 
 def choices(cfg: TrainConfig, devices: Sequence[Any], slices: int) -> list[Choice]:
     """Those that fit by estimate, the least time per token first; raises ``UserError`` if there are none."""
+    check_context(cfg)
     kind = devices[0].device_kind
     limit, every = FULL * of_kind(CHIPS, kind).hbm_gib, list(meshes(cfg, devices, slices))
-    least = min((state_gib(cfg, mesh) for mesh in every), default=0.0)
+    if not every:
+        raise UserError(
+            f"no mesh of {len(devices)} devices with mesh.context = {cfg.mesh.context} divides every parameter: "
+            "change mesh.context, or the model's sizes"
+        )
+    least = min(state_gib(cfg, mesh) for mesh in every)
     if least > limit:
         raise UserError(
             f"parameters, optimizer and gradients alone need {least:.1f} GiB a device, of {limit:.1f} on a {kind}: "

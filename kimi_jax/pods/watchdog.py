@@ -58,7 +58,8 @@ class Watchdog:
 class StepLimit:
     """How long the next step may take: ``seconds``, or if that is 0, 20 times the longest so far and at least 600.
 
-    The first counts for nothing and may take 1800: while some begin it, others still compile.
+    The first counts for nothing, for while some begin it, others still compile; and as a step is computed while the next
+    is begun, 1800 are allowed until the second has ended.
     """
 
     FACTOR, LEAST, FIRST = 20, 600.0, 1800.0
@@ -71,4 +72,4 @@ class StepLimit:
         if self._steps > 1:
             self._longest = max(self._longest, now - self._began)
         self._steps, self._began = self._steps + 1, now
-        return self._seconds or max(self.LEAST if self._steps > 1 else self.FIRST, self.FACTOR * self._longest)
+        return self._seconds or max(self.LEAST if self._longest else self.FIRST, self.FACTOR * self._longest)

@@ -31,7 +31,8 @@ def parallel_lookup(mesh: Mesh | AbstractMesh) -> Callable[[Array, Array, Any], 
 
         def local(table_VD: Array, tokens_BT: Array) -> Array:
             everyones_JM = lax.all_gather(tokens_BT.reshape(-1), over_D)
-            rows_JMD = lax.map(lambda tokens_M: _rows(table_VD, tokens_M).astype(dtype), everyones_JM)
+            exact_VD = table_VD.astype(jnp.float32)  # its gradient has this dtype until all rows are added up
+            rows_JMD = lax.map(lambda tokens_M: _rows(exact_VD, tokens_M).astype(dtype), everyones_JM)
             slices_JMD = lax.all_to_all(lax.psum(rows_JMD, "tensor"), over_D, 0, 0)
             return jnp.moveaxis(slices_JMD, 0, 1).reshape(*tokens_BT.shape, -1)
 

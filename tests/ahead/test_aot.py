@@ -80,6 +80,9 @@ def test_what_does_not_fit_is_refused_in_one_line_that_says_what_would(tmp_path)
         (("--topology", "v5p:2x2x0_twisted"), 1, "is no topology"),
         (("--topology", "v5p:2x2x1", "--sweep", "0"), 2, "--sweep takes a number from 1 on"),
         (("--topology", "v5p:2x2x1", "--config.steps", "3"), 2, "written --config.KEY=VALUE"),
+        (("--topology", "v5p:2x2x1", "--json", f"{__file__}/report.json"), 1, "cannot write to"),
+        (("--topology", "v5p:2x2x1", "--json", str(ROOT)), 1, "is a folder: name a file"),
+        (("--topology", "v5p:2x2x1", "--dump-hlo", __file__), 1, "cannot write to"),
     ],
 )
 def test_bad_requests(tmp_path, arguments, code, says):
@@ -90,19 +93,21 @@ def test_bad_requests(tmp_path, arguments, code, says):
 
 
 @pytest.mark.parametrize(
-    ("weights", "most_rows", "says"),
+    ("phase", "weights", "most_rows", "temporaries_gib", "says"),
     [
-        ("bf16", 64, "what would fit: 64 rows, or more devices, or --weights fp8"),
-        ("fp8", 64, "what would fit: 64 rows, or more devices"),
-        ("int8", 0, "what would fit: more devices"),
+        ("decode", "bf16", 64, 1, "what would fit: 64 rows, or more devices, or --weights fp8"),
+        ("decode", "fp8", 64, 1, "what would fit: 64 rows, or more devices"),
+        ("decode", "int8", 0, 1, "what would fit: more devices"),
+        ("prefill", "fp8", 64, 10, "what would fit: 64 rows, or a smaller --width, or more devices"),
+        ("prefill", "fp8", 0, 90, "what would fit: a smaller --width"),  # activations are whole on every device
     ],
 )
-def test_what_would_fit_of_a_served_step(tmp_path, monkeypatch, weights, most_rows, says):
-    refused = SimpleNamespace(peak_gib=100, hbm_gib=95, most_rows=most_rows)
+def test_what_would_fit_of_a_served_step(tmp_path, monkeypatch, phase, weights, most_rows, temporaries_gib, says):
+    refused = SimpleNamespace(peak_gib=100, hbm_gib=95, most_rows=most_rows, temporaries_gib=temporaries_gib)
     monkeypatch.setattr("kimi_jax.ahead.serving.compile_serving", lambda *_: (refused, None))
     monkeypatch.setattr("kimi_jax.ahead.serving_table.serving_table", str)
     (tmp_path / "small.py").write_text(CONFIG)
-    request = ("--config", str(tmp_path / "small.py"), "--topology", "v5p:2x2x1", "--phase", "decode")
+    request = ("--config", str(tmp_path / "small.py"), "--topology", "v5p:2x2x1", "--phase", phase)
     run = command_line.run(aot_command, *request, "--weights", weights)
     assert run.returncode == 1 and run.stderr.splitlines()[-1].endswith(says)
 

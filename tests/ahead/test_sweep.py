@@ -16,7 +16,7 @@ from kimi_jax.ahead.topology import topology_devices
 from kimi_jax.errors import UserError
 from kimi_jax.flops import training_flops_per_token
 from kimi_jax.sharding.mesh import make_mesh
-from kimi_jax.training.config import TrainConfig
+from kimi_jax.training.config import TrainConfig, load
 
 LONG = dict(preset="tiny", num_hidden_layers=4, num_attention_heads=8, n_routed_experts=8)
 
@@ -82,9 +82,16 @@ def test_choices_keep_the_batch_and_come_fastest_first():
     assert {choice.cfg.model.remat for choice in found} == set(sweep.REMAT_POLICIES)
 
 
-def test_a_choice_reads_as_overrides():
-    text = str(sweep.Choice(config(), estimate(config(), make_mesh(config().mesh, devices()))))
-    assert text == "mesh.fsdp=4 mesh.expert=2 accumulation=2 model.remat=none"
+def test_a_choice_reads_as_overrides_of_the_config_that_it_is_made_from(tmp_path):
+    """Those whose tensor or expert has one device too, where the config has more."""
+    mesh = dict(fsdp=2, expert=2, tensor=2)
+    values = dict(model=LONG, mesh=mesh, batch_size=64, seq_len=128, accumulation=2)
+    (tmp_path / "config.py").write_text(f"def get_config():\n    return {values}\n")
+    found = sweep.choices(config(mesh=mesh), devices(), 1)
+    assert {1, 2} <= {choice.cfg.mesh.tensor for choice in found} and {choice.cfg.mesh.fsdp for choice in found} > {1}
+    for choice in found:
+        overrides = [f"--config.{override}" for override in str(choice).split()]
+        assert load(tmp_path / "config.py", overrides) == choice.cfg
 
 
 def refused(cfg: TrainConfig, peak_gib: float) -> SimpleNamespace:
@@ -124,3 +131,13 @@ def test_state_that_fits_nowhere():
 def test_a_batch_that_divides_nowhere():
     with pytest.raises(UserError, match="no mesh of 8 devices divides batch_size 7"):
         sweep.choices(config(batch_size=7, accumulation=1, model={**LONG, "num_attention_heads": 7}), devices(), 1)
+
+
+def test_parameters_that_no_mesh_divides():
+    with pytest.raises(UserError, match=r"no mesh of 8 devices with mesh.context = 1 divides every parameter"):
+        sweep.choices(config(model={**LONG, "hidden_size": 25, "num_attention_heads": 7}), devices(), 1)
+
+
+def test_sequences_that_the_context_does_not_divide():
+    with pytest.raises(UserError, match=r"seq_len 33 does not divide over mesh.context = 2: a multiple of 2 would"):
+        sweep.choices(config(mesh=dict(fsdp=4, context=2), seq_len=33), devices(), 1)

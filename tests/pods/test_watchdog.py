@@ -59,7 +59,9 @@ def test_the_limit_follows_the_longest_step(monkeypatch):
     limit = StepLimit(0)
     assert limit.next() == 1800  # the first
     clock[0] += 1000
-    assert limit.next() == 600  # it does not count
+    assert limit.next() == 1800  # it does not count
+    clock[0] += 3
+    assert limit.next() == 600
     clock[0] += 40
     assert limit.next() == 20 * 40
     clock[0] += 1
