@@ -67,7 +67,9 @@ def to_hf(
     job = {"source": identity(weights), "dtype": dtype, "shard_size": shard_size}
     left = []
     with _claimed(target, job) as done:
-        if not done:
+        if done:
+            _check_complete(target, shards)
+        else:
             beside = beside_weights.collect(weights, set(outgoing.dtypes.values()))
             left = [shard for shard in shards if not is_complete(target, shard)]
             if len(left) < len(shards):
@@ -99,6 +101,15 @@ def identity(weights: CheckpointWeights) -> str:
     state = paths.join(weights.where, "state")
     files = {name: paths.read_bytes(paths.join(state, name)).hex() for name in paths.sizes(state)}
     return digest.of_json([weights.meta, files])
+
+
+def _check_complete(target: Path, shards: list[Shard]) -> None:
+    """An export that was complete may have lost a file since."""
+    bad = [shard.file for shard in shards if not is_complete(target, shard)]
+    if bad:
+        raise UserError(
+            f"{target / bad[0]} and {len(bad) - 1} other files are missing or damaged: remove {target} and export again"
+        )
 
 
 def _write_shards(target: Path, shards: list[Shard], outgoing: Outgoing, workers: int) -> None:

@@ -13,6 +13,7 @@ from kimi_jax.checkpoint import arrays, digest, paths, safetensors
 from kimi_jax.checkpoint.source import Source
 from kimi_jax.checkpoint.units import DTYPES, Plan
 from kimi_jax.checkpoint.version import FORMAT_VERSION
+from kimi_jax.errors import UserError
 
 HF_FOLDER = "hf"
 KEPT = re.compile(r".*\.(json|jinja|py|model|txt|md)|LICENSE.*")  # beside the weights, for whoever serves the model
@@ -21,7 +22,12 @@ KEPT = re.compile(r".*\.(json|jinja|py|model|txt|md)|LICENSE.*")  # beside the w
 def read(target: paths.AnyPath) -> dict[str, Any] | None:
     """The manifest; None if the target is not complete."""
     path = paths.join(target, "meta", "metadata")
-    return json.loads(paths.read_text(path)) if paths.exists(path) else None
+    if not paths.exists(path):
+        return None
+    try:
+        return dict(json.loads(paths.read_bytes(path)))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: remove {target} and convert again") from error
 
 
 def write(source: Source, target: str, plan: Plan, digests: list[str]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def names(folder: AnyPath) -> list[str]:
     """What lies in a folder, folders too; empty if there is none."""
     fs, inner = _open_fs(folder)
     fs.invalidate_cache()
-    if fs.isfile(inner):
+    if fs.isfile(inner) and not fs.isdir(inner):  # a folder of a web server is also a file
         raise UserError(f"{folder} is a file, not a folder")
     found = _asked(folder, lambda: fs.ls(inner, detail=False) if fs.isdir(inner) else [])
     return sorted(map(name, found))
@@ -82,6 +82,7 @@ def sizes(folder: AnyPath, deep: bool = False) -> dict[str, int]:
     fs.invalidate_cache()
     root = fs._strip_protocol(inner).rstrip("/") + "/"
     found = _asked(folder, lambda: fs.find(inner, maxdepth=None if deep else 1, detail=True))
+    found.pop(root.removesuffix("/"), None)  # of a file, or of a server that lists nothing
     files = {path: info["size"] for path, info in sorted(found.items()) if info["type"] == "file" or fs.isfile(path)}
     return {path.removeprefix(root): size for path, size in files.items()}
 

@@ -34,7 +34,7 @@ class Progress:
         self._folder = paths.join(target, FOLDER)
         self._job = dict(job)
         path = paths.join(self._folder, "job.json")
-        if not paths.create(path, json.dumps(self._job)) and (found := json.loads(paths.read_text(path))) != self._job:
+        if not paths.create(path, json.dumps(self._job)) and (found := paths.read_json(path)) != self._job:
             what = next((key for key in self._job if found.get(key) != self._job[key]), "job")
             raise UserError(
                 f"{target} holds an unfinished conversion with another {what}: repeat that command, "

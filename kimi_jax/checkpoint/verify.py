@@ -109,7 +109,8 @@ def _compare(left: Weights, right: Weights, entry: Entry) -> Difference:
     same, largest = True, 0.0
     for start, stop in pieces(entry, math.lcm(left.block[0], right.block[0])):
         x, y = left.read(entry, start, stop), right.read(entry, start, stop)
-        if dtypes[0] == dtypes[1] and left.block == right.block and all(map(_same_bits, x, y)):
+        blocks_agree = x.scale is None or left.block == right.block
+        if dtypes[0] == dtypes[1] and blocks_agree and all(map(_same_bits, x, y)):
             continue
         xs, ys = x.in_f32(entry.name, left.block), y.in_f32(entry.name, right.block)
         with np.errstate(invalid="ignore", over="ignore"):

@@ -7,6 +7,7 @@ source's directory, and for files of many documents ``#row`` after it. The held-
 from __future__ import annotations
 
 import codecs
+import functools
 import glob
 import hashlib
 import json
@@ -15,13 +16,14 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kimi_jax.errors import UserError
 
 STDLIB = "stdlib"
+ROWS = 256  # of a Parquet file that are held at a time
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,12 @@ def files(source: SourceConfig) -> list[File]:
     else:
         base = os.path.join("", *takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
         found = glob.glob(path, recursive=True)
+        found = _once(found, base or ".") if "**" in path else found
     below = {file for path in found for file in (_files_below(path) if os.path.isdir(path) else [path])}
     if not below:
         raise UserError(f"no file matches data source {source.path}")
     named = sorted((Path(os.path.relpath(file, base or ".")).as_posix(), Path(file)) for file in below)
-    return [File(name, path, source.format or SUFFIXES.get(path.suffix, "text")) for name, path in named]
+    return [File(name, path, source.format or SUFFIXES.get(path.suffix.lower(), "text")) for name, path in named]
 
 
 def documents(source: SourceConfig) -> Iterator[Document]:
@@ -110,6 +113,26 @@ def split(documents: Iterable[Document], holdout: float, held_out: bool) -> Iter
             yield document
     if not held_out and not training:
         yield from early
+
+
+def _once(found: Iterable[str], base: str) -> Iterator[str]:
+    """The files of ``found`` and below its folders, but those that ``**`` finds again after a circle of links."""
+
+    @functools.cache
+    def in_circle(folder: str) -> bool:
+        """Whether the way from ``base`` to ``folder`` comes to one folder twice."""
+        way = accumulate(Path(os.path.relpath(folder or ".", base)).parts, os.path.join, initial=base)
+        visited = [os.path.realpath(place) for place in way]
+        return len(set(visited)) < len(visited)
+
+    for path in found:
+        if not os.path.isdir(path):
+            files = [path]
+        elif in_circle(path):
+            continue
+        else:
+            files = _files_below(path)
+        yield from (file for file in files if not in_circle(os.path.dirname(file)))
 
 
 def _files_below(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
@@ -193,8 +216,8 @@ def _read_parquet(path: Path, key: str) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             if key not in file.schema_arrow.names:
                 raise UserError(f"{path} has no column {key!r}; it has {', '.join(file.schema_arrow.names)}")
-            rows = (value for batch in file.iter_batches(columns=[key]) for value in batch.column(0).to_pylist())
-            for row, value in enumerate(rows):
+            batches = file.iter_batches(ROWS, columns=[key])
+            for row, value in enumerate(value for batch in batches for value in batch.column(0).to_pylist()):
                 yield _text(value, key, f"{path} row {row}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: column {key!r} holds bytes that are not UTF-8") from error

@@ -7,6 +7,7 @@ temporary name, the manifest last, and then renamed, so that an interrupted run 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kimi_jax.data.sources import Document, SourceConfig, files
-from kimi_jax.data.tokenizer import Tokenizer
+from kimi_jax.data.tokenizer import MAX_CHARS, Tokenizer
 from kimi_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -67,9 +68,12 @@ def cache_key(source: SourceConfig, tokenizer: Tokenizer, *split: object) -> str
 
 
 def _token_arrays(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    dtype, eos = _dtype(tokenizer), tokenizer.eos
-    for document in documents:
-        yield np.array([*tokenizer.encode(document.text), eos], dtype)
+    """One array a document. Ids are Python objects, of many bytes each, for ``MAX_CHARS`` at a time alone."""
+    dtype = _dtype(tokenizer)
+    for _, text in documents:
+        parts = (text[start : start + MAX_CHARS] for start in range(0, len(text), MAX_CHARS))
+        ids = itertools.chain(map(tokenizer.encode, parts), [[tokenizer.eos]])
+        yield np.concatenate([np.array(part, dtype) for part in ids])
 
 
 def _dtype(tokenizer: Tokenizer) -> str:

@@ -212,6 +212,14 @@ def test_a_finished_target_that_lost_a_file(tmp_path, source):
         from_hf(source, tmp_path / "t", "bf16")
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
+def test_a_damaged_manifest(tmp_path, source, content):
+    from_hf(source, tmp_path / "t", "bf16")
+    (tmp_path / "t" / "meta" / "metadata").write_bytes(content)
+    with pytest.raises(UserError, match=f"metadata is damaged: remove {tmp_path}/t and convert again"):
+        from_hf(source, tmp_path / "t", "bf16")
+
+
 def test_orbax_restores_it_sharded(tmp_path, source):
     from_hf(source, tmp_path / "t", "fp8")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -288,6 +288,19 @@ def test_an_export_of_something_else_is_refused(tmp_path, monkeypatch):
             to_hf(**(dict(source=source, target=tmp_path / "hf") | wrong))
 
 
+def test_a_complete_export_that_lost_a_file(tmp_path):
+    source, target = save_run(tmp_path / "run", random_params()), tmp_path / "hf"
+    to_hf(source, target, shard_size=100_000)
+    lost = sorted(target.glob("*.safetensors"))[1]
+    content = lost.read_bytes()
+    for damage in (lost.unlink, lambda: lost.write_bytes(content[:-1])):
+        damage()
+        with pytest.raises(UserError, match=f"{lost} and 0 other files are missing or damaged: remove {target}"):
+            to_hf(source, target, shard_size=100_000)
+    lost.write_bytes(content)
+    assert to_hf(source, target, shard_size=100_000)["files_written"] == 0
+
+
 def test_two_at_once(tmp_path, monkeypatch):
     source, target = save_run(tmp_path / "run", random_params()), tmp_path / "hf"
     stopped(monkeypatch, source, target)

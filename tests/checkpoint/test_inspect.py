@@ -129,8 +129,9 @@ def test_json(tmp_path):
     assert {"name", "count", "shape", "dtype", "nbytes"} == found["groups"][0].keys()
 
 
-@pytest.mark.parametrize("path", ["", "nowhere", "file"])
+@pytest.mark.parametrize("path", ["", "nowhere", "file", "model.safetensors"])
 def test_nothing(tmp_path, path):
-    (tmp_path / "file").write_text("x")
+    if path not in ("", "nowhere"):
+        (tmp_path / path).write_text("x")
     with pytest.raises(UserError, match="there is no|holds neither"):
         inspect(tmp_path / path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import os
 import re
@@ -35,6 +36,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(part[:3] if how == "cut" else part)
 
+    def log_message(self, *_):
+        pass
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
@@ -75,6 +81,24 @@ def test_a_file_of_unknown_size(url):
     Handler.plan = ["unsized"]
     with pytest.raises(UserError, match=f"^{url}: the server does not tell its size: download it first"):
         paths.size(url)
+
+
+def test_a_server_that_lists_nothing(url):
+    Handler.plan = ["parts"]
+    assert paths.sizes(url) == {}
+
+
+def test_a_folder_of_a_web_server_is_a_folder(tmp_path):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "folder" / "a.txt").write_text("text")
+    serve = functools.partial(Files, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/folder"
+        assert paths.names(url) == ["a.txt", "inner"]
+        with pytest.raises(UserError, match="a.txt is a file, not a folder"):
+            paths.names(url + "/a.txt")
+        server.shutdown()
 
 
 def test_a_server_that_is_not_there(monkeypatch):

@@ -129,6 +129,15 @@ def test_fp8_and_what_it_stands_for(tmp_path):
         assert verify(a, save_hf(tmp_path / f"b{i}", other)).same
 
 
+def test_weights_without_scales_have_no_blocks(tmp_path):
+    tensors = quantised(random_tensors(), (32, 16))
+    block = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 16]}}
+    source = save_hf(tmp_path / "source", tensors, **block)
+    from_hf(source, tmp_path / "converted", "bf16")
+    found = verify(source, tmp_path / "converted")
+    assert found.same and found.rounded == sum(w.dtype == FP8 for w in tensors.values())
+
+
 def test_a_bit_that_does_not_move_the_value(tmp_path):
     """Minus zero is another weight than zero, though no further away."""
     tensors = random_tensors()

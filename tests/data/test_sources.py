@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sysconfig
+import tracemalloc
 
 import pyarrow as pa
 import pytest
@@ -58,6 +59,22 @@ def test_the_key_names_the_field(tmp_path, suffix):
         read(path)
 
 
+def test_suffixes_in_capitals(tmp_path):
+    path = write(tmp_path / "corpus.jsonl", TEXTS).rename(tmp_path / "CORPUS.JSONL")
+    assert [d.text for d in read(path)] == [text for text in TEXTS if text]
+
+
+def test_a_parquet_file_is_read_a_few_rows_at_a_time(tmp_path):
+    texts = [f"{i} " * 1000 for i in range(5000)]
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    size = sum(map(len, texts))
+    tracemalloc.start()
+    found = [hash(text) for _, text in sources.documents(SourceConfig(str(tmp_path / "a.parquet")))]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == list(map(hash, texts)) and peak < size / 4
+
+
 def test_binary_columns_are_read_as_utf8(tmp_path):
     table = pa.table({"text": pa.array([b"caf\xc3\xa9"], pa.binary())})
     parquet.write_table(table, tmp_path / "a.parquet")
@@ -101,6 +118,9 @@ def test_links_to_folders_are_followed_but_not_in_circles(tree, tmp_path):
     names = ["a.txt", "a/y/deep.txt", "a/z.md", "b.txt", "c.jsonl#0", "c.jsonl#1", "linked/d.txt"]
     assert [d.name for d in read(tree)] == names
     assert [d.name for d in read(tree / "linked*")] == [*(f"linked/back/{n}" for n in names[:-1]), "linked/d.txt"]
+    assert [d.name for d in read(tree / "**")] == names
+    assert [d.name for d in read(tree / "**" / "*.txt")] == [n for n in names if n.endswith(".txt")]
+    assert [d.name for d in read(tree / "*" / "self" / "*.md")] == ["a/self/z.md"]  # as it says
 
 
 def test_text_is_kept_byte_for_byte(tmp_path):

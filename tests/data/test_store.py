@@ -1,9 +1,11 @@
 """The token store, in memory and cached on disk."""
 
+import base64
 import dataclasses
 import errno
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,30 @@ def test_wide_vocabularies_take_32_bits():
 
     tokens, _ = store.tokenize(DOCUMENTS, Wide())
     assert tokens.dtype == np.uint32 and tokens[-1] == 69_999
+
+
+def test_a_long_document_takes_a_few_bytes_a_character():
+    text = "".join(map(chr, np.random.default_rng(0).integers(1, 128, 3_000_000)))
+    tracemalloc.start()
+    tokens, offsets = store.tokenize([Document("a", text)], BYTES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert tokens.tobytes() == np.array([*text.encode(), 257], np.uint16).tobytes()
+    assert offsets.tolist() == [0, 3_000_001]
+    assert peak < 8 * len(text)
+
+
+@pytest.mark.parametrize("name", ["bytes", "pairs"])
+def test_long_documents_have_the_ids_of_their_text(tmp_path, name):
+    """Not of texts that are cut elsewhere than where the reference encoder cuts."""
+    pairs = b"\n".join(
+        base64.b64encode(bytes(p)) + b" %d" % i for i, p in enumerate([*([b] for b in range(256)), b"ab"])
+    )
+    (tmp_path / "tiktoken.model").write_bytes(pairs)
+    encoder = BYTES if name == "bytes" else tokenizer.load(str(tmp_path))
+    for text in ("ab" * 500_000, "é ab" * 250_001, " ab[EOS]" * 110_000):
+        tokens, _ = store.tokenize([Document("a", text)], encoder)
+        assert tokens.tolist() == [*encoder.encode(text), encoder.eos]
 
 
 @pytest.mark.parametrize("docs", [DOCUMENTS, []])
