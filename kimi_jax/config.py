@@ -110,6 +110,9 @@ class ModelConfig:
             raise UserError(
                 f"model.qk_rope_head_dim must be even (rotation acts on pairs), not {self.qk_rope_head_dim}"
             )
+        for name in ("routed_scaling_factor", "initializer_range"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise UserError(f"model.{name} must be at least 0 and finite, not {value}")
         if not 0 < self.rms_norm_eps < math.inf:
             raise UserError(f"model.rms_norm_eps must be positive and finite, not {self.rms_norm_eps}")
         for name in ("dtype", "param_dtype"):
@@ -160,8 +163,9 @@ class ModelConfig:
         _refuse_unsupported(config)
         names = {f.name for f in dataclasses.fields(cls)} - {"rope", "dtype", "param_dtype", "remat", "experts"}
         values: dict[str, Any] = {name: config[name] for name in names if config.get(name) is not None}
-        if config.get("n_shared_experts", 1) is None:
-            values["n_shared_experts"] = 0
+        for name, none in {"n_shared_experts": 0, "norm_topk_prob": False}.items():  # null is none, not our default
+            if config.get(name, none) is None:
+                values[name] = none
         values["rope"] = _rope_from_hf(config)
         stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
         values["dtype"] = values["param_dtype"] = "bfloat16" if stored in ("bfloat16", "float16") else "float32"
@@ -198,23 +202,25 @@ class ModelConfig:
 _MAY_BE_ZERO = {"first_k_dense_replace", "n_shared_experts"}
 
 _SUPPORTED = {  # key of config.json -> the values this implementation computes exactly
-    "attention_bias": (False,),
-    "hidden_act": ("silu",),
-    "moe_layer_freq": (1,),
-    "n_group": (1,),
-    "rope_interleave": (True,),
-    "scoring_func": ("sigmoid",),
-    "tie_word_embeddings": (False,),
-    "topk_method": ("noaux_tc",),
+    "attention_bias": (False, None),
+    "hidden_act": ("silu", None),
+    "moe_layer_freq": (1, None),
+    "n_group": (1, None),
+    "rope_interleave": (True,),  # null is no
+    "scoring_func": ("sigmoid", None),
+    "tie_word_embeddings": (False, None),
+    "topk_method": ("noaux_tc", None),
 }
+
+_BESIDE_ROPE = ("original_max_position_embeddings", "partial_rotary_factor")
 
 _NEEDED = ("first_k_dense_replace", "n_group", "routed_scaling_factor")  # transformers' defaults are not ours
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     for key, allowed in _SUPPORTED.items():
-        value = config.get(key)
-        if value is not None and value not in allowed:
+        value = config.get(key, allowed[0])
+        if value not in allowed:
             raise UserError(f"config.json: {key}={value!r} is not supported (only {allowed[0]!r})")
     model_type = config.get("model_type")
     if model_type not in (None, "deepseek_v3", "kimi_k2"):
@@ -228,26 +234,30 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads ``rope_scaling`` + ``rope_theta`` (released files) or ``rope_parameters`` (transformers 5)."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise UserError(f"config.json: the rope parameters must be an object, not {given!r}")
-    found = dict(given)
+    """Reads ``rope_scaling`` + ``rope_theta`` (released files), or else ``rope_parameters`` (transformers 5).
+
+    Keys of ``_BESIDE_ROPE`` outside either count more than those within, as in transformers.
+    """
+    released, newer = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+    for given in (released, newer):
+        if not isinstance(given, Mapping):
+            raise UserError(f"config.json: the rope parameters must be an object, not {given!r}")
+    found = dict(released or newer) | {key: config[key] for key in _BESIDE_ROPE if config.get(key) is not None}
     thetas = (found.pop("rope_theta", None), config.get("rope_theta"), 10_000.0)
     theta = next(value for value in thetas if value is not None)
     kind = found.pop("rope_type", found.pop("type", "default"))
     found.pop("type", None)
+    if kind not in ("default", "yarn"):
+        raise UserError(f"config.json: rope type {kind!r} is not supported (only 'yarn' and 'default')")
+    known = {f.name for f in dataclasses.fields(RopeConfig)} - {"theta"}
+    for key in set(found) - known:
+        if found[key] != {"truncate": True, "partial_rotary_factor": 1.0}.get(key):
+            raise UserError(f"config.json: rope option {key}={found[key]!r} is not supported")
     if kind == "default":
         return {"theta": theta}
-    if kind != "yarn":
-        raise UserError(f"config.json: rope type {kind!r} is not supported (only 'yarn' and 'default')")
-    known = {f.name for f in dataclasses.fields(RopeConfig)}
     values = {key: value for key, value in found.items() if key in known and value is not None}
     for key in ("beta_fast", "beta_slow"):  # 0 is absent, as in transformers
         values[key] = values.get(key) or getattr(RopeConfig, key)
-    for key in set(found) - known:
-        if found[key] not in (None, {"truncate": True, "partial_rotary_factor": 1.0}.get(key)):
-            raise UserError(f"config.json: rope option {key}={found[key]!r} is not supported")
     longest = config.get("max_position_embeddings") or ModelConfig.max_position_embeddings
     longest = _coerce(longest, int, "config.json.max_position_embeddings")
     original = values.setdefault("original_max_position_embeddings", longest)

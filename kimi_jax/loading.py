@@ -52,7 +52,7 @@ def config_of(path: str | Path, dtype: Any = None) -> ModelConfig:
 
 def _in_dtype(path: str | Path, dtype: Any) -> tuple[ModelConfig, Reader]:
     wanted = None if dtype is None else _compute_dtype(dtype)
-    cfg, read = _open(path if paths.is_remote(path) else Path(path).expanduser())
+    cfg, read = _open(paths.local(str(path)))
     return (cfg if wanted is None else cfg.replace(dtype=wanted.name, param_dtype=wanted.name)), read
 
 
@@ -61,7 +61,7 @@ def load_params(path: str | Path, cfg: ModelConfig, where: Any) -> Params:
 
     Raises ``UserError`` if one has another shape than ``cfg`` asks for: nothing is cut or left out.
     """
-    found, read = _open(path if paths.is_remote(path) else Path(path).expanduser())
+    found, read = _open(paths.local(str(path)))
     theirs, ours = _shapes(found), _shapes(cfg)
     for name in (*ours, *theirs):
         if theirs.get(name) != ours.get(name):
@@ -86,9 +86,9 @@ def _compute_dtype(dtype: Any) -> np.dtype:
 
 def tokenizer_of(path: str | Path) -> str | None:
     """What ``data.tokenizer.load`` needs to read text for the model at ``path``; None if nothing there says so."""
+    path = paths.local(str(path))
     if not paths.is_remote(path):
-        path = Path(path).expanduser()
-        for folder in (path, path / HF_FOLDER):
+        for folder in (Path(path), Path(path) / HF_FOLDER):
             if (folder / "tiktoken.model").exists():
                 return str(folder / "tiktoken.model")
     if paths.exists(paths.join(path, "config.json")) or not paths.exists(path):

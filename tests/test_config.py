@@ -186,10 +186,15 @@ def test_to_hf_and_back(cfg, tmp_path):
         ({"attention_bias": True}, "attention_bias"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"rope_interleave": False}, "rope_interleave"),
+        ({"rope_interleave": None}, "rope_interleave=None"),
         ({"model_type": "llama"}, "llama"),
         ({"num_key_value_heads": 8}, "num_key_value_heads=8"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_scaling": YARN | {"attention_factor": 2.0}}, "attention_factor"),
+        ({"rope_scaling": YARN | {"truncate": None}}, "truncate=None"),
+        ({"rope_scaling": YARN | {"theta": 1234.0}}, "theta=1234.0"),
+        ({"rope_scaling": {"full_attention": YARN}}, "rope option full_attention="),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"hidden_size": "7168"}, "hidden_size must be int"),
         ({"hidden_size": 0}, "hidden_size must be at least 1"),
         ({"num_experts_per_tok": 385}, "exceeds"),
@@ -197,6 +202,9 @@ def test_to_hf_and_back(cfg, tmp_path):
         ({"qk_rope_head_dim": 63}, "even"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive"),
+        ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor must be at least 0 and finite, not nan"),
+        ({"routed_scaling_factor": -1.0}, "routed_scaling_factor must be at least 0"),
+        ({"initializer_range": float("inf")}, "initializer_range must be at least 0 and finite, not inf"),
         ({"rope_theta": 0}, "rope.theta must be above 1"),
         ({"rope_theta": "big"}, "rope.theta must be float"),
         ({"rope_scaling": YARN | {"factor": float("nan")}}, "rope.factor must be at least 1"),
@@ -226,6 +234,12 @@ def test_hf_refusals(change, message):
 
 def test_shared_experts_null_are_none():
     assert ModelConfig.from_hf(RELEASED | {"n_shared_experts": None}).n_shared_experts == 0
+
+
+def test_null_does_not_normalise():
+    """As in transformers and the released code, to which null is no."""
+    assert ModelConfig.from_hf(RELEASED | {"norm_topk_prob": None}).norm_topk_prob is False
+    assert ModelConfig.from_hf(without(RELEASED, "norm_topk_prob")).norm_topk_prob is True
 
 
 def test_rope_theta_null_is_absent():

@@ -195,6 +195,12 @@ def test_extra_prediction_layers(tmp_path):
         kimi_jax.load(save(tmp_path, tensors, num_nextn_predict_layers=0))
 
 
+def test_a_layer_of_the_model_is_no_extra_one(tmp_path):
+    """Though transformers announces one prediction layer in whatever it saves."""
+    with pytest.raises(UserError, match="tensors that this model does not have: model.layers.2"):
+        kimi_jax.load(save(tmp_path, random_tensors(), num_hidden_layers=2, num_nextn_predict_layers=1))
+
+
 NAN = random_tensors()[UP]
 NAN[1, 2] = np.nan
 INF = random_tensors()[UP].astype(BF16)
@@ -274,6 +280,13 @@ def test_truncated_shard(tmp_path):
 def test_impossible_config(tmp_path, config, message):
     with pytest.raises(UserError, match=message):
         kimi_jax.load(save(tmp_path, random_tensors(), **config))
+
+
+def test_a_url_of_a_local_folder(tmp_path):
+    (save(tmp_path, random_tensors()) / "tiktoken.model").write_text("")
+    _, expected = kimi_jax.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, kimi_jax.load(f"file://{tmp_path}")[1], expected)
+    assert tokenizer_of(f"file://{tmp_path}") == str(tmp_path / "tiktoken.model")
 
 
 def test_no_config(tmp_path):

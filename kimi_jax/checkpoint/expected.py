@@ -37,7 +37,8 @@ class Expected:
         cfg, quantisation = ModelConfig.from_hf(config), quantisation_of(config)
         if safetensors.INDEX not in paths.sizes(folder):
             return cls(cfg, quantisation)
-        names, extra = text_part(safetensors.read_index(folder)), extra_layers(config, cfg)
+        names = text_part(safetensors.read_index(folder))
+        extra = extra_layers(config, cfg, names)
         found = cls(cfg, quantisation, frozenset(name for name in names if not name.startswith(extra)))
         found._compare(found.listed or frozenset(), paths.join(folder, safetensors.INDEX))
         return found

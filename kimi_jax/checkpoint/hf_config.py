@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kimi_jax.checkpoint import fp8, int4, paths
 from kimi_jax.config import ModelConfig
 from kimi_jax.errors import UserError
+
+_OF_EXTRA_LAYERS = re.compile(r"(model\.layers\.\d+\.)(?:eh_proj|enorm|hnorm|embed_tokens|shared_head)\.")
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,15 @@ def _group_size(found: Mapping[str, Any]) -> int:
     return sizes[0]
 
 
-def extra_layers(config: Mapping[str, Any], cfg: ModelConfig) -> tuple[str, ...]:
-    """Prefixes of the layers that predict further tokens, which are no part of the model."""
+def extra_layers(config: Mapping[str, Any], cfg: ModelConfig, names: Iterable[str]) -> tuple[str, ...]:
+    """Prefixes of the layers that predict further tokens, which are no part of the model.
+
+    Each has parts that no other layer has (DeepSeek-V3, arXiv 2412.19437, section 2.2): a layer without them is one of
+    the model's, whatever num_hidden_layers says.
+    """
     n = config.get("num_nextn_predict_layers") or 0
     if not isinstance(n, int):
         raise UserError(f"config.json: num_nextn_predict_layers must be int, not {n!r}")
-    return tuple(f"model.layers.{cfg.num_hidden_layers + i}." for i in range(n))
+    prefixes = (f"model.layers.{cfg.num_hidden_layers + i}." for i in range(n))
+    found = {match[1] for match in map(_OF_EXTRA_LAYERS.match, names) if match}
+    return tuple(prefix for prefix in prefixes if prefix in found)

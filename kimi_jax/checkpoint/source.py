@@ -23,7 +23,7 @@ from kimi_jax.checkpoint.hf_config import Quantisation, extra_layers, quantisati
 from kimi_jax.checkpoint.hf_names import SCALE_SUFFIX, STRAY, Entry, plan, text_part
 from kimi_jax.checkpoint.safetensors import Stored
 from kimi_jax.config import ModelConfig
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, np.float64, ml_dtypes.bfloat16)))
 SAMPLES, SAMPLE_BYTES = 4, 4096  # of each file, in the digest
@@ -151,8 +151,7 @@ class Source:
             name, where, group = entry.name + "_scale", self.where(entry), self.quantisation.group
             scale = self._read(name, self.tensors[name], start, start + len(raw))
             for at in range(0, len(raw), step):
-                packed = raw[at : at + step]
-                yield at, int4.dequantise(packed, scale[at : at + step], (len(packed), width), where, group)
+                yield at, int4.dequantise(raw[at : at + step], scale[at : at + step], width, where, group)
         else:
             for at in range(0, len(raw), step):
                 yield at, raw[at : at + step].astype(np.float32)
@@ -162,10 +161,8 @@ class Source:
         shape = (stop - start, *tensor.shape[1:])
         row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         begin, size = tensor.start + start * row, (stop - start) * row
-        try:
+        with os_errors_as(f"{tensor.file}: cannot read {name}"):
             data = paths.read_into(tensor.file, begin, size)
-        except OSError as error:
-            raise UserError(f"{tensor.file}: cannot read {name}: {error.strerror or error}") from error
         if len(data) != size:
             raise UserError(f"{tensor.file} is truncated: {name} ends {size - len(data)} bytes early")
         return data.view(tensor.dtype).reshape(shape)
@@ -180,7 +177,7 @@ class Source:
             raise UserError(f"{self.folder} lacks {len(missing)} of {len(planned)} tensors: {some}{more}")
         known = planned | {name + SCALE_SUFFIX for name in planned - packed}
         known |= {name + suffix for name in planned & packed for suffix in int4.SUFFIXES}
-        extra = extra_layers(self.config, self.cfg)
+        extra = extra_layers(self.config, self.cfg, self.tensors)
         unknown = sorted(
             name
             for name in self.tensors

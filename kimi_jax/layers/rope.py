@@ -10,6 +10,8 @@ import numpy as np
 from kimi_jax.config import RopeConfig
 from kimi_jax.dims import Array
 
+SLEEF_EXP = np.array([0.001363246468, 0.008365969174, 0.04167108238, 0.1666655242, 0.4999998510], np.float32)  # s^4..
+
 
 def frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     """Angular frequency of each of the ``dim / 2`` pairs, in radians per position, f32.
@@ -19,8 +21,8 @@ def frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     ``beta_slow`` times over the original context. It does not depend on the sequence length.
     """
     i = np.arange(dim // 2, dtype=np.float32)
-    period = (np.float64(rope.theta) ** (2 * i / np.float32(dim))).astype(np.float32)  # rounded as the reference does:
-    fast, slow = 1 / period, 1 / (np.float32(rope.factor) * period)  # at position 100,000 the last bit is visible
+    period = _powers(np.float32(rope.theta), 2 * i / np.float32(dim))
+    fast, slow = 1 / period, 1 / (np.float32(rope.factor) * period)
     if rope.factor == 1:
         return fast
 
@@ -34,6 +36,24 @@ def frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
         high += 0.001
     keep = 1 - np.clip((i - np.float32(low)) / np.float32(high - low), 0, 1)
     return (slow * (1 - keep) + fast * keep).astype(np.float32)
+
+
+def _powers(base: np.float32, x: np.ndarray) -> np.ndarray:
+    """base^x for x in 0..1, in f32 and with the bits that the reference gets from PyTorch on a CPU.
+
+    Which of its two neighbours in f32 stands for a power matters: at position 5,000 the other turns 1e-4 further.
+    PyTorch takes 16 numbers at a time, as long as there are so many: base^x = 2^q e^s with |s| <= log(2) / 2, and
+    e^s = 1 + s + s^2 u(s), u in f32 (SLEEF's powf, arXiv 2001.09258). The others it asks of the C library.
+    """
+    exponent = x.astype(np.float64) * np.log(np.float64(base))
+    q = np.rint(exponent / np.log(2))
+    s = exponent - q * np.log(2)
+    u = np.zeros_like(s)
+    for coefficient in SLEEF_EXP:
+        u = (u * s.astype(np.float32) + coefficient).astype(np.float32).astype(np.float64)  # one fused step
+    vectors = ((1 + s + s * s * u) * 2**q).astype(np.float32)
+    n = len(x) // 16 * 16
+    return np.array([*vectors[:n], *(base**y for y in x[n:])])
 
 
 def angles(positions_BT: Array, rope: RopeConfig, dim: int) -> tuple[Array, Array]:

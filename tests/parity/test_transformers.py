@@ -42,6 +42,9 @@ CASES = {
     "base": Case({}),
     "odd": Case(dict(hidden_size=52, v_head_dim=12, kv_lora_rank=20, q_lora_rank=28, moe_intermediate_size=18)),
     "far": Case({}, first_position=100_000),
+    "far_with_the_released_heads": Case(
+        dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128), first_position=100_000
+    ),
     "two_dense_two_shared": Case(dict(num_hidden_layers=4, first_k_dense_replace=2, n_shared_experts=2)),
     "mscales": Case({}, rope=dict(mscale=0.7, mscale_all_dim=1.3)),
     "wide": Case(dict(n_routed_experts=64, num_experts_per_tok=8, routed_scaling_factor=2.82)),
@@ -141,7 +144,7 @@ def hf_gradient(gradients: dict[str, np.ndarray], name: str) -> np.ndarray:
     return gate if which == "gate_proj" else up
 
 
-QUICK = ("base", "odd", "far", "two_dense_two_shared", "wide")
+QUICK = ("base", "odd", "far_with_the_released_heads", "two_dense_two_shared", "wide")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
