@@ -12,20 +12,9 @@ from kimi_jax.data.detokenizer import Detokenizer
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.inference.stops import StopStrings
-from kimi_jax.server.engine import Engine, FinishReason, PromptScores, Sampling, Token
+from kimi_jax.server.engine import Engine, FinishReason, Job, PromptScores, Token
 from kimi_jax.server.errors import ApiError
 from kimi_jax.server.tool_parser import MARKERS, Event, Text, ToolParser
-
-
-@dataclass(frozen=True)
-class Job:
-    """``n`` answers to generate."""
-
-    prompt_ids: Sequence[int]
-    sampling: Sampling
-    n: int = 1
-    stops: tuple[str, ...] = ()
-    parse: bool = True  # tool markers and calls out of the text; else the markers stay
 
 
 class Step(NamedTuple):
@@ -107,12 +96,12 @@ async def generate(
 
     Closing the iterator cancels the engine's work.
     """
-    sampling, running = job.sampling, {i: _Answer(Reader(tokenizer, job.stops, job.parse)) for i in range(job.n)}
-    if sampling.max_tokens == 0 and sampling.prompt_logprobs is None:
+    running = {i: _Answer(Reader(tokenizer, job.stops, job.parse)) for i in range(job.n)}
+    if job.max_tokens == 0 and job.sampling.prompt_logprobs is None:
         for i in running:
             yield first + i, End("length", None, 0, 0)
         return
-    async with contextlib.aclosing(engine.generate(job.prompt_ids, sampling, job.n)) as events:
+    async with contextlib.aclosing(engine.generate(job)) as events:
         async for i, event in events:
             if isinstance(event, PromptScores):
                 for number in running:
@@ -124,7 +113,7 @@ async def generate(
             end = None
             if isinstance(event, Token):
                 answer.count += 1
-                stop = event.id in sampling.stop_ids
+                stop = event.id in job.stop_ids
                 yield first + i, Step(() if stop else answer.reader.feed(event.id), (event,))
                 if answer.reader.met:
                     end = End("stop", answer.reader.met, answer.count, 0)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from kimi_jax.server.answer import Job
+from kimi_jax.inference.request import MAX_LOGPROBS
 from kimi_jax.server.dialogue import Dialogue, Format, plan
+from kimi_jax.server.engine import Job
 from kimi_jax.server.errors import ApiError
-from kimi_jax.server.parameters import MAX_TOP_LOGPROBS, SamplingFields, StreamOptions, token_limit
+from kimi_jax.server.parameters import SamplingFields, StreamOptions, Strict, token_limit
 from kimi_jax.server.service import Service
 
 DEFAULT_TEMPERATURE = 0.6
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class Function(_Part):
+class Function(Strict):
     name: Annotated[str, Field(min_length=1)]
     arguments: str | dict[str, Any] = ""
 
 
-class ToolCall(_Part):
+class ToolCall(Strict):
     id: str | None = None
     function: Function
 
 
-class Message(_Part):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
@@ -49,7 +45,7 @@ class ChatRequest(SamplingFields):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream_options: StreamOptions | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -63,14 +59,13 @@ def dialogue_of(request: ChatRequest) -> Dialogue:
     for i, message in enumerate(request.messages):
         if message.role == "tool" and not message.tool_call_id:
             raise ApiError(400, "a tool message needs the tool_call_id that it answers", f"messages[{i}].tool_call_id")
-    mode, allowed = tool_choice(request.tool_choice)
-    named = isinstance(request.tool_choice, dict) and request.tool_choice.get("type") == "function"
+    mode, allowed, parallel = tool_choice(request.tool_choice, request.parallel_tool_calls)
     return Dialogue(
         messages=[message.model_dump(exclude_none=True) for message in request.messages],
         tools=request.tools or (),
         tool_choice=mode,
         allowed=allowed,
-        parallel=request.parallel_tool_calls is not False and not named,
+        parallel=parallel,
         format=response_format(request.response_format) or structured_outputs(request.structured_outputs),
         continue_final=bool(request.continue_final_message or request.messages[-1].partial),
         add_generation_prompt=request.add_generation_prompt is not False,
@@ -78,19 +73,23 @@ def dialogue_of(request: ChatRequest) -> Dialogue:
 
 
 def tool_choice(
-    value: str | dict[str, Any] | None,
-) -> tuple[Literal["auto", "none", "required"], frozenset[str] | None]:
-    """The mode, and the names that may be called if only some may. Both OpenAI endpoints' forms are understood."""
+    value: str | dict[str, Any] | None, parallel: bool | None
+) -> tuple[Literal["auto", "none", "required"], frozenset[str] | None, bool]:
+    """The mode, the names that may be called if only some may, and whether several calls may come.
+
+    Both OpenAI endpoints' forms are understood.
+    """
+    parallel = parallel is not False
     match value:
         case None | "auto" | "none" | "required":
-            return value or "auto", None
+            return value or "auto", None, parallel
         case {"type": "function", "function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
-            return "required", frozenset({name})
+            return "required", frozenset({name}), False
         case {"type": "allowed_tools"}:
             inner = value.get("allowed_tools", value)
             match inner:
                 case {"mode": "auto" | "required" as mode, "tools": list(tools)}:
-                    return mode, frozenset(_tool_name(tool) for tool in tools)
+                    return mode, frozenset(_tool_name(tool) for tool in tools), parallel
     raise ApiError(
         400, "tool_choice must be 'auto', 'none', 'required', or name a function or allowed tools", "tool_choice"
     )
@@ -138,11 +137,14 @@ def job_of(request: ChatRequest, service: Service) -> tuple[Job, bool]:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     planned = plan(dialogue_of(request), service.tokenizer, service.vocabulary)
     wanted = request.max_completion_tokens or request.max_tokens
-    sampling = request.sampling(service.engine.vocab_size, service.tokenizer.stop_ids, DEFAULT_TEMPERATURE)
-    sampling = dataclasses.replace(
-        sampling,
-        max_tokens=token_limit(wanted, len(planned.prompt_ids), service.engine.max_model_len),
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        constraint=planned.constraint,
+    scored = (request.top_logprobs or 0) if request.logprobs else None
+    job = Job(
+        planned.prompt_ids,
+        token_limit(wanted, len(planned.prompt_ids), service.engine.max_model_len),
+        request.sampling(service.engine.vocab_size, DEFAULT_TEMPERATURE, scored),
+        request.stop_ids(service.tokenizer.stop_ids),
+        planned.constraint,
+        n=request.n or 1,
+        stops=tuple(request.stop),
     )
-    return Job(planned.prompt_ids, sampling, request.n or 1, tuple(request.stop)), planned.calls
+    return job, planned.calls

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_jax.server.answer import End, Job, Step
+from kimi_jax.server.answer import End, Step
 from kimi_jax.server.chat import ChatRequest, job_of
-from kimi_jax.server.engine import Token
+from kimi_jax.server.engine import Job, Token
 from kimi_jax.server.logprobs import chat_logprobs
 from kimi_jax.server.service import Parts, Service, new_id, sse, validate
 from kimi_jax.server.tool_parser import Answer, Arguments, CallStart, Event, Text
@@ -82,7 +82,7 @@ class ChatCall:
         """With token ids, the scores are of every token, the stop token too; else of those that are text or calls."""
         found: dict[str, Any] = {"logprobs": None}
         if self.request.logprobs:
-            stops = frozenset() if self.request.return_token_ids else self.job.sampling.stop_ids
+            stops = frozenset() if self.request.return_token_ids else self.job.stop_ids
             found["logprobs"] = chat_logprobs(self._tokenizer, [token for token in tokens if token.id not in stops])
         if self.request.return_token_ids:
             found["token_ids"] = [token.id for token in tokens]
@@ -116,8 +116,7 @@ class ChatCall:
 
     def _reason(self, answer: Answer, end: End) -> str:
         """A call that the token limit cut off has been sent as far as it came: only "length" says so."""
-        whole = bool(answer.started) and len(answer.calls) == len(answer.started)
-        return "tool_calls" if self._calls and whole else end.reason
+        return "tool_calls" if self._calls and answer.whole else end.reason
 
     def _delta(self, event: Event) -> dict[str, Any] | None:
         match event:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from kimi_jax.server.answer import End, Job, Step
+from kimi_jax.inference.request import MAX_LOGPROBS
+from kimi_jax.server.answer import End, Step
 from kimi_jax.server.chat import structured_outputs
 from kimi_jax.server.dialogue import compiled
-from kimi_jax.server.engine import PromptScores, Token
+from kimi_jax.server.engine import Job, PromptScores, Token
 from kimi_jax.server.errors import ApiError
 from kimi_jax.server.logprobs import CompletionLogprobs
 from kimi_jax.server.parameters import SamplingFields, StreamOptions, token_limit
@@ -28,7 +28,7 @@ class CompletionRequest(SamplingFields):
     prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=0)] | None = DEFAULT_MAX_TOKENS
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: int | None = None
     suffix: str | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -67,17 +67,19 @@ class CompletionCall:
         wanted = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         full = wanted == 0 and len(ids) == service.engine.max_model_len
         limit = 0 if full else token_limit(wanted, len(ids), service.engine.max_model_len)
-        sampling = request.sampling(service.engine.vocab_size, service.tokenizer.stop_ids, DEFAULT_TEMPERATURE)
+        scored = request.logprobs if request.echo else None
         form = structured_outputs(request.structured_outputs)
         grammar = form and compiled(service.vocabulary, form.grammar, form.param)
-        sampling = dataclasses.replace(
-            sampling,
-            max_tokens=limit,
-            logprobs=request.logprobs,
-            prompt_logprobs=request.logprobs if request.echo else None,
-            constraint=(lambda: service.vocabulary.matcher(grammar)) if grammar else None,
+        return Job(
+            ids,
+            limit,
+            request.sampling(service.engine.vocab_size, DEFAULT_TEMPERATURE, request.logprobs, scored),
+            request.stop_ids(service.tokenizer.stop_ids),
+            (lambda: service.vocabulary.matcher(grammar)) if grammar else None,
+            n=request.n or 1,
+            stops=tuple(request.stop),
+            parse=False,
         )
-        return Job(ids, sampling, request.n or 1, tuple(request.stop), parse=False)
 
     def _usage(self, ends: Sequence[tuple[int, End]]) -> dict[str, Any]:
         """Of all answers, by number. Those of one prompt read it once."""
@@ -159,7 +161,7 @@ class CompletionCall:
         return [Token(i) for i in job.prompt_ids] if self.request.echo else []
 
     def _shown(self, tokens: Sequence[Token]) -> list[Token]:
-        stops = self.jobs[0].sampling.stop_ids
+        stops = self.jobs[0].stop_ids
         return [token for token in tokens if token.id not in stops or self.request.return_token_ids]
 
     def _logprobs(self) -> CompletionLogprobs:

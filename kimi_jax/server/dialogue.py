@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.errors import UserError
+from kimi_jax.inference.request import Grammar
 from kimi_jax.server import call_ids, grammar, template
-from kimi_jax.server.engine import Constraint
 from kimi_jax.server.errors import ApiError
 from kimi_jax.server.grammar import Vocabulary, Without
 from kimi_jax.server.template import Message
@@ -50,7 +50,7 @@ class Dialogue:
 @dataclass(frozen=True)
 class Plan:
     prompt_ids: list[int]
-    constraint: Callable[[], Constraint] | None  # a fresh one for each answer
+    constraint: Callable[[], Grammar] | None  # a fresh one for each answer
     calls: bool  # whether the answer may hold calls
 
 
@@ -87,7 +87,7 @@ def plan(dialogue: Dialogue, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Pl
     return Plan(ids, lambda: ToolCalls(vocabulary, rules), calls=True)
 
 
-def _text_only(vocabulary: Vocabulary, content: str | None, tools: bool) -> Callable[[], Constraint] | None:
+def _text_only(vocabulary: Vocabulary, content: str | None, tools: bool) -> Callable[[], Grammar] | None:
     """Without tools there is no reason for a call, and stray markers are no content; with them, calls are ruled out."""
     if content:
         return lambda: vocabulary.matcher(content)

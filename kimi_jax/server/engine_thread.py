@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from kimi_jax.inference import request as inference
-from kimi_jax.server.engine import Event, Finished, Load, PromptScores, Sampling, Token
+from kimi_jax.server.engine import Event, Finished, Job, Load, PromptScores, Token
 from kimi_jax.server.errors import ApiError
 
 _IDLE_SECONDS = 0.1
@@ -24,18 +24,7 @@ class StepEngine(Protocol):
     def cancel(self, id: int, /) -> None: ...
     def wait(self, timeout_s: float | None, /) -> bool: ...
     def step(self) -> list[inference.Event]: ...
-    def load(self) -> LoadLike: ...
-
-
-class LoadLike(Protocol):
-    @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def pages_used(self) -> int: ...
-    @property
-    def pages_total(self) -> int: ...
+    def load(self) -> Load: ...
 
 
 class EngineThread:
@@ -59,22 +48,19 @@ class EngineThread:
 
     def load(self) -> Load:
         self._check()
-        load = self._engine.load()
-        return Load(load.running, load.waiting, load.pages_used, load.pages_total)
+        return self._engine.load()
 
-    async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, n: int = 1
-    ) -> AsyncGenerator[tuple[int, Event], None]:
-        inbox, left = _Inbox(), n
+    async def generate(self, job: Job) -> AsyncGenerator[tuple[int, Event], None]:
+        inbox, left = _Inbox(), job.n
         with self._lock:
             self._check()
-            id = self._engine.submit(_request(prompt_ids, sampling, n))
+            id = self._engine.submit(_request(job))
             self._inboxes[id] = inbox
         try:
             while left:
                 for event in await inbox.take():
                     left -= event.finish is not None
-                    for one in _events(event, prompt_ids):
+                    for one in _events(event, job.prompt_ids):
                         yield event.sample, one
         finally:
             with self._lock:
@@ -136,26 +122,9 @@ def _put(pairs: list[tuple[_Inbox, inference.Event]]) -> None:
         inbox.put(event)
 
 
-def _request(prompt_ids: Sequence[int], sampling: Sampling, n: int) -> inference.Request:
+def _request(job: Job) -> inference.Request:
     return inference.Request(
-        prompt=tuple(prompt_ids),
-        sampling=inference.Sampling(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            logit_bias=sampling.logit_bias,
-            seed=sampling.seed,
-            logprobs=sampling.logprobs,
-            prompt_logprobs=sampling.prompt_logprobs,
-        ),
-        max_tokens=sampling.max_tokens,
-        stop_ids=sampling.stop_ids,
-        n=n,
-        grammar=sampling.constraint,
+        tuple(job.prompt_ids), job.sampling, job.max_tokens, job.stop_ids, n=job.n, grammar=job.constraint
     )
 
 

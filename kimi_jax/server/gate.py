@@ -7,16 +7,14 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from kimi_jax.server.errors import ApiError, anthropic_error, openai_error
 from kimi_jax.server.service import new_id
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 REQUEST_ID = (b"x-request-id", b"request-id")  # where OpenAI's clients look, and Anthropic's
 OPEN = {"/", "/health", "/ready", "/metrics"}  # no key needed
@@ -55,7 +53,7 @@ class Keys:
 class Gate:
     """ASGI middleware."""
 
-    def __init__(self, app: Any, keys: Sequence[str], max_body_bytes: int, on_answer: Callable[[str, int], None]):
+    def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int, on_answer: Callable[[str, int], None]):
         self._app, self._keys, self._limit, self._on_answer = app, Keys(keys), max_body_bytes, on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +65,7 @@ class Gate:
         headers = dict(scope["headers"])
         started = False
 
-        async def counted_send(message: MutableMapping[str, Any]) -> None:
+        async def counted_send(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started, record.status = True, message["status"]
@@ -92,7 +90,7 @@ class Gate:
     def _limited(self, receive: Receive) -> Receive:
         received = 0
 
-        async def limited() -> MutableMapping[str, Any]:
+        async def limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))

@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from kimi_jax.server.answer import Job
+from kimi_jax.inference.request import Sampling
 from kimi_jax.server.dialogue import Dialogue, Format, plan
-from kimi_jax.server.engine import Sampling
+from kimi_jax.server.engine import Job
 from kimi_jax.server.errors import ApiError
-from kimi_jax.server.parameters import Request, StopText, token_limit
+from kimi_jax.server.parameters import Request, StopText, Strict, TopP, nucleus, token_limit
 from kimi_jax.server.service import Service
 
 TEMPERATURE_SCALE = 0.6
 _IGNORED = {"thinking", "redacted_thinking"}  # there is no thinking channel
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class Block(_Model):
+class Block(Strict):
     type: str
     text: str | None = None
     id: str | None = None
@@ -32,12 +28,12 @@ class Block(_Model):
     content: str | list[dict[str, Any]] | None = None
 
 
-class Message(_Model):
+class Message(Strict):
     role: Literal["user", "assistant"]
     content: str | list[Block]
 
 
-class Tool(_Model):
+class Tool(Strict):
     name: str
     description: str | None = None
     input_schema: dict[str, Any] | None = None
@@ -45,18 +41,18 @@ class Tool(_Model):
     strict: bool | None = None
 
 
-class ToolChoice(_Model):
+class ToolChoice(Strict):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class TextBlock(_Model):
+class TextBlock(Strict):
     type: Literal["text"]
     text: str
 
 
-class OutputConfig(_Model):
+class OutputConfig(Strict):
     format: dict[str, Any] | None = None
 
 
@@ -71,7 +67,7 @@ class CountRequest(Request):
 class MessagesRequest(CountRequest):
     max_tokens: Annotated[int, Field(ge=1)]
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop_sequences: Annotated[list[StopText], Field(max_length=64)] | None = None
     stream: bool | None = None
@@ -168,13 +164,17 @@ def _user(blocks: Sequence[Block], where: str) -> Iterator[dict[str, Any]]:
 def job_of(request: MessagesRequest, service: Service) -> tuple[Job, bool]:
     """The job, and whether the answer may hold calls."""
     planned = plan(dialogue_of(request), service.tokenizer, service.vocabulary)
-    temperature = 1.0 if request.temperature is None else request.temperature
     sampling = Sampling(
-        max_tokens=token_limit(request.max_tokens, len(planned.prompt_ids), service.engine.max_model_len),
-        temperature=TEMPERATURE_SCALE * temperature,
-        top_p=request.top_p or 1.0,
+        temperature=TEMPERATURE_SCALE * (1.0 if request.temperature is None else request.temperature),
         top_k=request.top_k or 0,
-        stop_ids=service.tokenizer.stop_ids,
-        constraint=planned.constraint,
+        top_p=nucleus(request.top_p),
     )
-    return Job(planned.prompt_ids, sampling, stops=tuple(request.stop_sequences or ())), planned.calls
+    job = Job(
+        planned.prompt_ids,
+        token_limit(request.max_tokens, len(planned.prompt_ids), service.engine.max_model_len),
+        sampling,
+        service.tokenizer.stop_ids,
+        planned.constraint,
+        stops=tuple(request.stop_sequences or ()),
+    )
+    return job, planned.calls

@@ -68,8 +68,7 @@ class MessagesCall:
             if isinstance(part, End):
                 if opened:
                     yield event("content_block_stop", index=index)
-                whole = bool(calls.started) and len(calls.calls) == len(calls.started)
-                delta = {"stop_reason": _reason(part, whole), "stop_sequence": part.stop}
+                delta = {"stop_reason": _reason(part, calls.whole), "stop_sequence": part.stop}
                 yield event("message_delta", delta=delta, usage=self._usage(part))
                 yield event("message_stop")
             elif isinstance(part, Step):

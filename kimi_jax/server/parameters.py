@@ -6,31 +6,35 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from kimi_jax.server.engine import Sampling
+from kimi_jax.inference.request import Sampling
 from kimi_jax.server.errors import ApiError
 
 MAX_STOPS = 16
-MAX_TOP_LOGPROBS = 20
 
 StopText = Annotated[str, Field(min_length=1)]
 Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+TopP = Annotated[float, Field(ge=0, le=1)]
 
 
 def _as_list(value: object) -> object:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
-class Request(BaseModel):
-    """Numbers are numbers and texts are texts: nothing is converted, and null stands for a field left out."""
+class Strict(BaseModel):
+    """Numbers are numbers and texts are texts: nothing is converted."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class Request(Strict):
+    """Null stands for a field left out."""
 
     model: str = ""
 
 
 class SamplingFields(Request):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # -1 and 0: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -44,12 +48,12 @@ class SamplingFields(Request):
     stream: bool | None = None
     return_token_ids: bool | None = None
 
-    def sampling(self, vocab_size: int, stop_ids: frozenset[int], default_temperature: float) -> Sampling:
-        """Without a token limit, which depends on the prompt."""
+    def sampling(
+        self, vocab_size: int, default_temperature: float, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> Sampling:
         return Sampling(
-            max_tokens=0,
             temperature=default_temperature if self.temperature is None else self.temperature,
-            top_p=self.top_p or 1.0,
+            top_p=nucleus(self.top_p),
             top_k=max(self.top_k or 0, 0),
             min_p=self.min_p or 0.0,
             seed=self.seed,
@@ -57,8 +61,18 @@ class SamplingFields(Request):
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,
             logit_bias=_bias(self.logit_bias or {}, vocab_size),
-            stop_ids=frozenset() if self.ignore_eos else stop_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
+
+    def stop_ids(self, model: frozenset[int]) -> frozenset[int]:
+        """Of the ``model``'s, those that end the answer."""
+        return frozenset() if self.ignore_eos else model
+
+
+def nucleus(top_p: float | None) -> float:
+    """Of 0, the smallest there is: the most likely token."""
+    return 1.0 if top_p is None else max(top_p, 1e-9)
 
 
 def _bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
@@ -70,9 +84,7 @@ def _bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
     return bias
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
+class StreamOptions(Strict):
     include_usage: bool | None = None
 
 

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from kimi_jax.server.answer import Job
+from kimi_jax.inference.request import MAX_LOGPROBS, Sampling
 from kimi_jax.server.chat import DEFAULT_TEMPERATURE, response_format, tool_choice
 from kimi_jax.server.dialogue import Dialogue, Format, plan
-from kimi_jax.server.engine import Sampling
+from kimi_jax.server.engine import Job
 from kimi_jax.server.errors import ApiError
-from kimi_jax.server.parameters import MAX_TOP_LOGPROBS, Request, token_limit
+from kimi_jax.server.parameters import Request, TopP, nucleus, token_limit
 from kimi_jax.server.service import Service
 
 Item = dict[str, Any]
@@ -32,9 +32,9 @@ class ResponsesRequest(Request):
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include: list[str] | None = None
     metadata: dict[str, Any] | None = None
     background: bool | None = None
@@ -75,15 +75,14 @@ def items_of(request: ResponsesRequest, dialogues: Dialogues) -> list[Item]:
 def dialogue_of(request: ResponsesRequest, items: Sequence[Item]) -> Dialogue:
     if request.background:
         raise ApiError(400, "responses cannot run in the background", "background")
-    mode, allowed = tool_choice(request.tool_choice)
-    named = isinstance(request.tool_choice, dict) and request.tool_choice.get("type") == "function"
+    mode, allowed, parallel = tool_choice(request.tool_choice, request.parallel_tool_calls)
     system = [{"role": "system", "content": request.instructions}] if request.instructions else []
     return Dialogue(
         messages=system + _messages(items),
         tools=[_tool(tool, i) for i, tool in enumerate(request.tools or ())],
         tool_choice=mode,
         allowed=allowed,
-        parallel=request.parallel_tool_calls is not False and not named,
+        parallel=parallel,
         format=_format(request.text),
     )
 
@@ -159,11 +158,10 @@ def job_of(request: ResponsesRequest, items: Sequence[Item], service: Service) -
     planned = plan(dialogue_of(request, items), service.tokenizer, service.vocabulary)
     scored = request.top_logprobs or "message.output_text.logprobs" in (request.include or ())
     sampling = Sampling(
-        max_tokens=token_limit(request.max_output_tokens, len(planned.prompt_ids), service.engine.max_model_len),
         temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
-        top_p=request.top_p or 1.0,
-        stop_ids=service.tokenizer.stop_ids,
+        top_p=nucleus(request.top_p),
         logprobs=(request.top_logprobs or 0) if scored else None,
-        constraint=planned.constraint,
     )
-    return Job(planned.prompt_ids, sampling), planned.calls
+    limit = token_limit(request.max_output_tokens, len(planned.prompt_ids), service.engine.max_model_len)
+    job = Job(planned.prompt_ids, limit, sampling, service.tokenizer.stop_ids, planned.constraint)
+    return job, planned.calls

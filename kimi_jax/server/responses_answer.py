@@ -59,7 +59,7 @@ class ResponsesCall:
     def _events(self, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(part, Step):
             return
-        self._unshown += [token for token in part.tokens if token.id not in self.jobs[0].sampling.stop_ids]
+        self._unshown += [token for token in part.tokens if token.id not in self.jobs[0].stop_ids]
         for event in part.events:
             if isinstance(event, Text) or self._calls:
                 yield from self._event(event, self._unshown)
@@ -151,7 +151,7 @@ class ResponsesCall:
             "text": request.text or {"format": {"type": "text"}},
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
-            "top_p": self.jobs[0].sampling.top_p,
+            "top_p": 1.0 if request.top_p is None else request.top_p,
             "truncation": "disabled",
             "usage": usage,
             "user": request.user,

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
 from kimi_jax.data.tokenizer import Tokenizer
-from kimi_jax.server.answer import Job, Part
-from kimi_jax.server.engine import Engine
+from kimi_jax.server.answer import Part
+from kimi_jax.server.engine import Engine, Job
 from kimi_jax.server.errors import ApiError
 from kimi_jax.server.grammar import Vocabulary
 

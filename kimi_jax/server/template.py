@@ -95,16 +95,16 @@ def _body(message: Message) -> list[Piece]:
 
 
 def content_text(content: str | Sequence[Mapping[str, Any]] | None) -> str:
-    """A string as it is, the texts of a list of parts joined without separators, nothing for ``None``."""
+    """A string as it is, the texts and refusals of a list of parts joined without separators, nothing for ``None``."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list | tuple):
         raise UserError("content must be a string, null or a list of text parts")
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if not isinstance(text, str) or part.get("type", "text") != "text":
-            kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get(kind) if kind in ("text", "refusal") else None
+        if not isinstance(text, str):
             raise UserError(f"content part of type {kind!r}: this model reads text only")
         texts.append(text)
     return "".join(texts)

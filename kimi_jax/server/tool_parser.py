@@ -186,6 +186,11 @@ class Answer:
         """The complete ones."""
         return [call for call in self.started if call.complete]
 
+    @property
+    def whole(self) -> bool:
+        """Whether there are calls, and all are complete."""
+        return bool(self.started) and len(self.calls) == len(self.started)
+
     def add(self, events: Iterable[Event]) -> None:
         for event in events:
             match event:
@@ -197,11 +202,3 @@ class Answer:
                     self.started[index].arguments += text
                 case CallEnd(index):
                     self.started[index].complete = True
-
-
-def parse(text: str) -> Answer:
-    """The answer in a whole output, all markers spelled."""
-    parser, answer = ToolParser(), Answer()
-    answer.add(parser.feed(text))
-    answer.add(parser.finish())
-    return answer

@@ -40,13 +40,13 @@ def weather(ids):
 def test_chat(stream):
     with Running(FakeEngine(script=script_of(BYTES, "Ich heiße Kimi."))) as server:
         said = run("chat", "--base-url", server.url + "/v1", "--model", "kimi", "--prompt", "Wer bist du?", *stream)
-        prompt, sampling = server.engine.seen[0]
+        job = server.engine.seen[0]
     assert said == "Ich heiße Kimi.\n"
-    assert BYTES.decode(prompt) == (
+    assert BYTES.decode(job.prompt_ids) == (
         f"<|im_system|>system<|im_middle|>{DEFAULT_SYSTEM}<|im_end|><|im_user|>user<|im_middle|>Wer bist du?<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|>"
     )
-    assert (sampling.temperature, sampling.max_tokens) == (0.6, 256)
+    assert (job.sampling.temperature, job.max_tokens) == (0.6, 256)
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
@@ -55,9 +55,9 @@ def test_tools_to_the_end(name, path, stream):
     with Running(FakeEngine(script=weather), api_keys=("secret",)) as server:
         where = ("--base-url", server.url + path, "--model", "kimi", "--api-key", "secret")
         said = run(name, *where, *stream)
-        (_, _), (prompt, _) = server.engine.seen
+        _, job = server.engine.seen
     assert "get_weather({'city': 'Beijing'}) -> " in said and said.rstrip().endswith(ANSWER)
-    turns = BYTES.decode(prompt)
+    turns = BYTES.decode(job.prompt_ids)
     assert '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Beijing"}' in turns
     assert '## Return of functions.get_weather:0\n{"city": "Beijing", "weather": "Sunny"}<|im_end|>' in turns
 

@@ -8,7 +8,7 @@ import random
 import numpy as np
 
 from kimi_jax.data import tokenizer as tk
-from kimi_jax.server.engine import Finished, Load, PromptScores, Token
+from kimi_jax.server.engine import Finished, Job, Load, PromptScores, Token
 from tests.server.walks import allowed
 
 
@@ -24,41 +24,41 @@ class FakeEngine:
         self.vocab_size = self.tokenizer.vocab_size + 8
         self.max_model_len = max_model_len
         self.script, self.delay, self.haste, self.lawful = script, delay, haste, lawful
-        self.seen: list = []  # (prompt ids, sampling)
+        self.seen: list[Job] = []
         self.running = self.cancelled = self.finished = 0
 
     def load(self):
-        return Load(running=self.running, waiting=0, pages_used=3 * self.running, pages_total=300)
+        return Load(running=self.running, waiting=0, pages_used=3 * self.running, pages_total=300, preemptions=0)
 
-    async def generate(self, prompt_ids, sampling, n=1):
+    async def generate(self, job):
         """One answer after the other."""
-        self.seen.append((list(prompt_ids), sampling))
-        self.running += n
-        left = n
+        self.seen.append(job)
+        self.running += job.n
+        left = job.n
         try:
-            if sampling.prompt_logprobs is not None:
-                scores = [self._token(i, sampling.prompt_logprobs) for i in prompt_ids]
-                yield 0, PromptScores((Token(prompt_ids[0]), *scores[1:]))
-            for sample in range(n):
-                async for event in self._answer(sample, prompt_ids, sampling):
+            if job.sampling.prompt_logprobs is not None:
+                scores = [self._token(i, job.sampling.prompt_logprobs) for i in job.prompt_ids]
+                yield 0, PromptScores((Token(job.prompt_ids[0]), *scores[1:]))
+            for sample in range(job.n):
+                async for event in self._answer(sample, job):
                     left -= isinstance(event, Finished)
                     yield sample, event
         finally:
-            self.running -= n
+            self.running -= job.n
             self.cancelled += left
-            self.finished += n - left
+            self.finished += job.n - left
 
-    async def _answer(self, sample, prompt_ids, sampling):
-        for count, token in enumerate(self._ids(sample, prompt_ids, sampling)):
-            if count == sampling.max_tokens:
+    async def _answer(self, sample, job):
+        for count, token in enumerate(self._ids(sample, job)):
+            if count == job.max_tokens:
                 break
             await asyncio.sleep(self.delay)
-            yield self._token(token, sampling.logprobs)
-            if token in sampling.stop_ids:
+            yield self._token(token, job.sampling.logprobs)
+            if token in job.stop_ids:
                 yield Finished("stop", cached_tokens=2)
                 return
         else:
-            if sampling.max_tokens:
+            if job.max_tokens:
                 yield Finished("stop", cached_tokens=2)
                 return
         yield Finished("length")
@@ -69,10 +69,10 @@ class FakeEngine:
         best = ((token, -1 - token / 1000), *((i, -2 - i / 1000) for i in range(97, 97 + max(top - 1, 0))))
         return Token(token, -1 - token / 1000, best[:top])
 
-    def _ids(self, sample, prompt_ids, sampling):
-        scripted = self.script and self.script(list(prompt_ids))
-        rng = random.Random(f"{sampling.seed}{sample}{list(prompt_ids)}")
-        constraint = sampling.constraint() if self.lawful and sampling.constraint else None
+    def _ids(self, sample, job):
+        scripted = self.script and self.script(list(job.prompt_ids))
+        rng = random.Random(f"{job.sampling.seed}{sample}{list(job.prompt_ids)}")
+        constraint = job.constraint() if self.lawful and job.constraint else None
         closing = set(b'"]},') | set(range(256, self.vocab_size))
         while True:
             mask = constraint.mask() if constraint else None

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_jax.data import tokenizer as tk
-from kimi_jax.server.answer import End, Job, Reader, Step, generate, generate_all
-from kimi_jax.server.engine import Finished, PromptScores, Sampling
+from kimi_jax.server.answer import End, Reader, Step, generate, generate_all
+from kimi_jax.server.engine import Finished, Job, PromptScores, Sampling
 from kimi_jax.server.tool_parser import Answer, Arguments, CallEnd, CallStart, Text
 from tests.server.fake import FakeEngine, script_of
 
@@ -85,7 +85,7 @@ def collect(engine, jobs):
 def test_steps_of_an_answer():
     text = "é<|tool_calls_section_begin|><|tool_call_begin|>f:0<|tool_call_argument_begin|>1<|tool_call_end|>"
     engine = FakeEngine(script=script_of(BYTES, text))
-    parts = [part for _, part in collect(engine, [Job([1, 2], Sampling(50, stop_ids=STOPS))])]
+    parts = [part for _, part in collect(engine, [Job([1, 2], 50, stop_ids=STOPS)])]
     events = [event for part in parts if isinstance(part, Step) for event in part.events]
     assert events == [Text("é"), CallStart(0, "f:0", "f"), Arguments(0, "1"), CallEnd(0)]
     tokens = [token.id for part in parts if isinstance(part, Step) for token in part.tokens]
@@ -96,7 +96,7 @@ def test_steps_of_an_answer():
 def test_ends():
     def ends(stops=(), limit=50):
         engine = FakeEngine(script=script_of(BYTES, "one two"))
-        return collect(engine, [Job([1], Sampling(limit, stop_ids=STOPS), stops=stops)])[-1][1], engine
+        return collect(engine, [Job([1], limit, stop_ids=STOPS, stops=stops)])[-1][1], engine
 
     assert ends()[0].reason == "stop"
     assert ends(limit=3)[0] == End("length", None, 3, 0)
@@ -106,7 +106,7 @@ def test_ends():
 
 
 def test_several_jobs_at_once_equal_one_by_one():
-    jobs = [Job([i], Sampling(30, seed=i, stop_ids=STOPS)) for i in range(5)]
+    jobs = [Job([i], 30, Sampling(seed=i), STOPS) for i in range(5)]
     together = collect(FakeEngine(), jobs)
     for i, job in enumerate(jobs):
         assert [part for index, part in together if index == i] == [part for _, part in collect(FakeEngine(), [job])]
@@ -115,9 +115,9 @@ def test_several_jobs_at_once_equal_one_by_one():
 class AtOnce(FakeEngine):
     """All answers of a request go on step by step."""
 
-    async def generate(self, prompt_ids, sampling, n=1):
-        self.running += n
-        answers = {sample: self._answer(sample, prompt_ids, sampling) for sample in range(n)}
+    async def generate(self, job):
+        self.running += job.n
+        answers = {sample: self._answer(sample, job) for sample in range(job.n)}
         try:
             while answers:
                 for sample in list(answers):
@@ -127,26 +127,26 @@ class AtOnce(FakeEngine):
                     yield sample, event
         finally:
             self.cancelled += len(answers)
-            self.running -= n
+            self.running -= job.n
 
 
 def test_several_answers_of_a_job_are_numbered_and_end_on_their_own():
     """One of them at its stop text: what the engine goes on to say of it is not heard."""
-    alone = [collect(FakeEngine(), [Job([i], Sampling(20, seed=7), n=2)]) for i in (5, 6)]
+    alone = [collect(FakeEngine(), [Job([i], 20, Sampling(seed=7), n=2)]) for i in (5, 6)]
     shown = [[part for index, part in alone[i] if index == k] for i in (0, 1) for k in (0, 1)]
-    together = collect(AtOnce(), [Job([i], Sampling(20, seed=7), n=2) for i in (5, 6)])
+    together = collect(AtOnce(), [Job([i], 20, Sampling(seed=7), n=2) for i in (5, 6)])
     assert [[part for index, part in together if index == k] for k in range(4)] == shown
 
     text = "".join(e.text for part in shown[0] if isinstance(part, Step) for e in part.events)
     engine = AtOnce()
-    stopped = collect(engine, [Job([5], Sampling(20, seed=7), n=2, stops=(text[3:6],))])
+    stopped = collect(engine, [Job([5], 20, Sampling(seed=7), n=2, stops=(text[3:6],))])
     ends = dict(item for item in stopped if isinstance(item[1], End))
     assert ends[0] == End("stop", text[3:6], 6, 0) and ends[1] == shown[1][-1]
     assert [part for index, part in stopped if index == 1][-1] is ends[1] and engine.running == 0
 
 
 def test_all_answers_hear_of_the_prompt():
-    parts = collect(FakeEngine(), [Job([5, 6], Sampling(2, prompt_logprobs=0), n=2)])
+    parts = collect(FakeEngine(), [Job([5, 6], 2, Sampling(prompt_logprobs=0), n=2)])
     assert [index for index, part in parts if isinstance(part, PromptScores)] == [0, 1]
 
 
@@ -154,7 +154,7 @@ def test_closing_cancels_all():
     engine = FakeEngine(delay=0.001)
 
     async def run():
-        jobs = [Job([i], Sampling(1000, seed=i)) for i in range(3)]
+        jobs = [Job([i], 1000, Sampling(seed=i)) for i in range(3)]
         async with contextlib.aclosing(generate_all(engine, BYTES, jobs)) as parts:
             async for _ in parts:
                 assert engine.running
@@ -167,15 +167,15 @@ def test_closing_cancels_all():
 
 def test_an_error_reaches_the_caller_and_ends_the_rest():
     class Broken(FakeEngine):
-        async def generate(self, prompt_ids, sampling, n=1):
-            async for event in super().generate(prompt_ids, sampling, n):
+        async def generate(self, job):
+            async for event in super().generate(job):
                 yield event
-                if prompt_ids == [1]:
+                if job.prompt_ids == [1]:
                     raise RuntimeError("lost")
 
     engine = Broken()
     with pytest.raises(RuntimeError, match="lost"):
-        collect(engine, [Job([i], Sampling(500)) for i in range(3)])
+        collect(engine, [Job([i], 500) for i in range(3)])
     assert engine.running == 0
 
 
@@ -183,7 +183,7 @@ def test_one_answer_is_closed_with_its_iterator():
     engine = FakeEngine()
 
     async def run():
-        async with contextlib.aclosing(generate(engine, BYTES, Job([1], Sampling(100)))) as parts:
+        async with contextlib.aclosing(generate(engine, BYTES, Job([1], 100))) as parts:
             async for _ in parts:
                 break
 

@@ -35,15 +35,16 @@ def test_text_and_temperature(serve_text):
             "end_turn",
             None,
         )
-        prompt, sampling = server.engine.seen[0]
-        assert sampling.temperature == pytest.approx(0.3) and sampling.max_tokens == 100
-        assert BYTES.decode(prompt).startswith("<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user")
+        job = server.engine.seen[0]
+        assert job.sampling.temperature == pytest.approx(0.3) and job.max_tokens == 100
+        prompt = BYTES.decode(job.prompt_ids)
+        assert prompt.startswith("<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user")
         assert str(answer._request_id).startswith("req_")
         usage = answer.usage
-        assert usage.input_tokens + usage.cache_read_input_tokens == len(prompt)
+        assert usage.input_tokens + usage.cache_read_input_tokens == len(job.prompt_ids)
         assert (usage.cache_read_input_tokens, usage.output_tokens) == (2, 8)
         client.messages.create(model="kimi", max_tokens=1, messages=ASK)
-        assert server.engine.seen[1][1].temperature == pytest.approx(0.6)
+        assert server.engine.seen[1].sampling.temperature == pytest.approx(0.6)
 
 
 def test_stop_reasons(serve_text):
@@ -100,7 +101,7 @@ def test_calls_and_results(serve_text):
                 {"type": "function", "function": {"name": "ping", "parameters": {"type": "object"}}},
             ],
         )
-        assert server.engine.seen[-1][0] == template.to_ids(expected, BYTES)
+        assert server.engine.seen[-1].prompt_ids == template.to_ids(expected, BYTES)
 
 
 def test_a_stream(serve_text):
@@ -160,7 +161,8 @@ def test_prefill_and_blocks_without_a_channel(random_server):
         {"role": "assistant", "content": [thought, {"type": "text", "text": "In "}, {"type": "text", "text": "Oslo"}]},
     ]
     random_server.anthropic().messages.create(model="kimi", max_tokens=2, messages=messages)
-    assert BYTES.decode(random_server.engine.seen[-1][0]).endswith("<|im_assistant|>assistant<|im_middle|>In Oslo")
+    prompt = BYTES.decode(random_server.engine.seen[-1].prompt_ids)
+    assert prompt.endswith("<|im_assistant|>assistant<|im_middle|>In Oslo")
 
 
 def test_count_tokens(random_server):
@@ -168,7 +170,7 @@ def test_count_tokens(random_server):
     request = {"model": "kimi", "messages": ASK, "tools": TOOLS, "system": [{"type": "text", "text": "s"}]}
     count = client.messages.count_tokens(**request).input_tokens
     client.messages.create(**request, max_tokens=1)
-    assert count == len(random_server.engine.seen[-1][0])
+    assert count == len(random_server.engine.seen[-1].prompt_ids)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ def test_text_and_usage(serve_text):
     with serve_text("é!<|tool_call_end|>[EOS]") as server:
         answer = server.openai().completions.create(model="kimi", prompt="<|im_end|>x", max_tokens=50)
         assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("é!<|tool_call_end|>", "stop")
-        assert server.engine.seen[0][0] == list(b"<|im_end|>x")  # text stays text
+        assert server.engine.seen[0].prompt_ids == list(b"<|im_end|>x")  # text stays text
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (11, 5)
         assert server.openai().completions.create(model="kimi", prompt="x").choices[0].text == "é!<|tool_call_end|>"
-        assert server.engine.seen[-1][1].max_tokens == 16
+        assert server.engine.seen[-1].max_tokens == 16
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -40,7 +40,7 @@ def test_several_prompts_in_every_form(stream, random_server):
             model="kimi", prompt=prompt, n=2, max_tokens=3, seed=1, stream=stream, extra_body={"return_token_ids": True}
         )
         choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
-        assert sorted(seen[0] for seen in random_server.engine.seen[before:]) == sorted(ids)
+        assert sorted(job.prompt_ids for job in random_server.engine.seen[before:]) == sorted(ids)
         found = {i: [] for i in range(2 * len(ids))}
         for choice in choices:
             found[choice.index] += choice.token_ids

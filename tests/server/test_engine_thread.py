@@ -3,17 +3,14 @@
 import asyncio
 import contextlib
 import threading
-from collections import namedtuple
 
 import pytest
 
 from kimi_jax.errors import UserError
 from kimi_jax.inference.request import Event, Logprob
-from kimi_jax.server.engine import Finished, PromptScores, Sampling, Token
+from kimi_jax.server.engine import Finished, Job, Load, PromptScores, Sampling, Token
 from kimi_jax.server.engine_thread import EngineThread
 from kimi_jax.server.errors import ApiError
-
-Load = namedtuple("Load", "running waiting pages_used pages_total")
 
 
 class Counter:
@@ -43,7 +40,7 @@ class Counter:
             return self.work.wait_for(lambda: bool(self.live), timeout)
 
     def load(self):
-        return Load(len(self.live), 1, 2, 3)
+        return Load(len(self.live), 1, 2, 3, 0)
 
     def step(self):
         with self.work:
@@ -70,8 +67,8 @@ class Counter:
         return [event._replace(sample=i) for i in range(request.n)]
 
 
-async def collect(engine, prompt, **sampling):
-    return [event async for _, event in engine.generate(prompt, Sampling(**sampling))]
+async def collect(engine, *job, **more):
+    return [event async for _, event in engine.generate(Job(*job, **more))]
 
 
 @pytest.fixture
@@ -87,7 +84,7 @@ def engine(counter):
 
 def test_many_at_once(engine):
     async def run():
-        return await asyncio.gather(*(collect(engine, [10 * i], max_tokens=5) for i in range(50)))
+        return await asyncio.gather(*(collect(engine, [10 * i], 5) for i in range(50)))
 
     for i, events in enumerate(asyncio.run(run())):
         assert events == [*(Token(10 * i + k) for k in range(1, 6)), Finished("length", 5)]
@@ -100,16 +97,11 @@ def test_scores_stops_and_parameters(engine, counter):
         collect(
             engine,
             [7, 8],
-            max_tokens=9,
-            stop_ids=frozenset({10}),
-            logprobs=1,
-            prompt_logprobs=0,
-            temperature=0.5,
-            top_k=3,
-            seed=4,
-            logit_bias={1: 2.0},
-            constraint=constraint,
-        )  # fmt: skip
+            9,
+            Sampling(logprobs=1, prompt_logprobs=0, temperature=0.5, top_k=3, seed=4, logit_bias={1: 2.0}),
+            frozenset({10}),
+            constraint,
+        )
     )
     assert events == [
         PromptScores((Token(7), Token(8, -8.0))),
@@ -123,7 +115,7 @@ def test_scores_stops_and_parameters(engine, counter):
 
 def test_several_answers_to_one_request(engine, counter):
     async def run():
-        return [item async for item in engine.generate([7], Sampling(max_tokens=3), 2)]
+        return [item async for item in engine.generate(Job([7], 3, n=2))]
 
     found = asyncio.run(run())
     for sample in (0, 1):
@@ -133,7 +125,7 @@ def test_several_answers_to_one_request(engine, counter):
 
 def test_closing_cancels(engine, counter):
     async def run():
-        async with contextlib.aclosing(engine.generate([1], Sampling(max_tokens=10**6))) as events:
+        async with contextlib.aclosing(engine.generate(Job([1], 10**6))) as events:
             async for _ in events:
                 break
 
@@ -143,9 +135,9 @@ def test_closing_cancels(engine, counter):
 
 def test_errors_reach_who_asked(engine):
     with pytest.raises(ApiError, match="lost the device"):
-        asyncio.run(collect(engine, [13], max_tokens=5))
+        asyncio.run(collect(engine, [13], 5))
     with pytest.raises(UserError, match="too long"):
-        asyncio.run(collect(engine, [666], max_tokens=5))
+        asyncio.run(collect(engine, [666], 5))
     assert engine.load().waiting == 1
 
 
@@ -154,7 +146,7 @@ def test_an_engine_that_breaks_leaves_nobody_waiting(engine, counter):
         raise RuntimeError("bug")
 
     async def run():
-        events = engine.generate([1], Sampling(max_tokens=10**6))
+        events = engine.generate(Job([1], 10**6))
         await anext(events)
         counter.step = broken
         async for _ in events:
@@ -164,11 +156,11 @@ def test_an_engine_that_breaks_leaves_nobody_waiting(engine, counter):
         asyncio.run(run())
     engine._thread.join(5)
     with pytest.raises(ApiError, match="has stopped"):
-        asyncio.run(collect(engine, [1], max_tokens=1))
+        asyncio.run(collect(engine, [1], 1))
     with pytest.raises(ApiError, match="has stopped"):
         engine.load()
 
 
 def test_a_constraint_is_absent_unless_given(engine, counter):
-    asyncio.run(collect(engine, [1], max_tokens=1))
+    asyncio.run(collect(engine, [1], 1))
     assert counter.requests[0].grammar is None

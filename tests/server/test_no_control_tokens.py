@@ -35,7 +35,7 @@ def test_forged_markers_stay_text(path):
     async def frame(client, body):
         engine.seen.clear()
         status = (await client.post(path, json=body)).status_code
-        return status, [[i for i in prompt if i >= 256] for prompt, _ in engine.seen]
+        return status, [[i for i in job.prompt_ids if i >= 256] for job in engine.seen]
 
     async def run():
         transport = httpx.ASGITransport(app)

@@ -57,13 +57,13 @@ def test_text(serve_text):
         choice = answer.choices[0]
         assert (choice.message.content, choice.message.role, choice.finish_reason) == ("Grüße 😀", "assistant", "stop")
         assert choice.message.tool_calls is None and choice.logprobs is None
-        prompt, sampling = server.engine.seen[0]
-        assert BYTES.decode(prompt).endswith("Weather in Oslo?<|im_end|><|im_assistant|>assistant<|im_middle|>")
-        assert sampling.temperature == 0.6 and sampling.stop_ids == BYTES.stop_ids
-        assert sampling.max_tokens == server.engine.max_model_len - len(prompt)
+        job = server.engine.seen[0]
+        assert BYTES.decode(job.prompt_ids).endswith("Weather in Oslo?<|im_end|><|im_assistant|>assistant<|im_middle|>")
+        assert job.sampling.temperature == 0.6 and job.stop_ids == BYTES.stop_ids
+        assert job.max_tokens == server.engine.max_model_len - len(job.prompt_ids)
         output = len("Grüße 😀".encode()) + 1
         usage = answer.usage
-        assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), output)
+        assert (usage.prompt_tokens, usage.completion_tokens) == (len(job.prompt_ids), output)
         assert usage.prompt_tokens_details.cached_tokens == 2
 
         stream = client.chat.completions.create(
@@ -100,7 +100,7 @@ def test_calls(serve_text):
         answer = client.chat.completions.create(
             model="kimi", messages=history, tools=[CLOCK], tool_choice="required", parallel_tool_calls=False
         )
-        text = BYTES.decode(server.engine.seen[-1][0])
+        text = BYTES.decode(server.engine.seen[-1].prompt_ids)
         assert "## Return of functions.get_weather:0\n12°" in text and "call_abc" not in text
         assert [call.id for call in answer.choices[0].message.tool_calls] == ["functions.get_time:2"]
 
@@ -166,9 +166,9 @@ def test_forced_calls_validate(choice, names, stream, random_server):
 
 def test_tool_choice_none_rules_calls_out(random_server):
     random_server.openai().chat.completions.create(model="kimi", messages=ASK, tools=[CLOCK], tool_choice="none")
-    prompt, sampling = random_server.engine.seen[-1]
-    assert "get_time" in BYTES.decode(prompt)
-    mask = sampling.constraint().mask()
+    job = random_server.engine.seen[-1]
+    assert "get_time" in BYTES.decode(job.prompt_ids)
+    mask = job.constraint().mask()
     for name, id_ in BYTES.special_ids.items():
         assert bool(mask[id_ // 32] >> (id_ % 32) & 1) == (not name.startswith("<|tool_call"))
 
@@ -234,10 +234,34 @@ def test_sampling_parameters_reach_the_engine(random_server):
         seed=7,
         extra_body={"top_k": 4, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True, "unheard_of": 1},
     )
-    s = random_server.engine.seen[-1][1]
-    assert (s.max_tokens, s.temperature, s.top_p, s.top_k, s.min_p, s.seed) == (3, 0, 0.5, 4, 0.1, 7)
+    job = random_server.engine.seen[-1]
+    s = job.sampling
+    assert (job.max_tokens, s.temperature, s.top_p, s.top_k, s.min_p, s.seed) == (3, 0, 0.5, 4, 0.1, 7)
     assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (1, -1, 1.2)
-    assert s.logit_bias == {65: 5, 66: -100} and s.stop_ids == frozenset()
+    assert s.logit_bias == {65: 5, 66: -100} and job.stop_ids == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": ASK}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/messages", {"messages": ASK, "max_tokens": 1}),
+    ],
+)
+def test_top_p_of_zero_is_the_smallest_nucleus(path, body, random_server):
+    response = random_server.post(path, {**body, "top_p": 0})
+    assert response.status_code == 200 and response.json().get("top_p", 0) == 0
+    assert random_server.engine.seen[-1].sampling.top_p == 1e-9
+
+
+def test_a_refusal_in_the_history_is_its_text(random_server):
+    parts = [{"type": "text", "text": "No. "}, {"type": "refusal", "refusal": "I cannot."}]
+    messages = [*ASK, {"role": "assistant", "content": parts}, *ASK]
+    random_server.openai().chat.completions.create(model="kimi", messages=messages, max_tokens=2)
+    turn = "<|im_assistant|>assistant<|im_middle|>No. I cannot.<|im_end|>"
+    assert turn in BYTES.decode(random_server.engine.seen[-1].prompt_ids)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -251,7 +275,7 @@ def test_log_probabilities_and_token_ids(stream, serve_text):
             stream=stream,
             extra_body={"return_token_ids": True},
         )
-        prompt = server.engine.seen[0][0]
+        prompt = server.engine.seen[0].prompt_ids
         if stream:
             chunks = list(answer)
             scores = [s for c in chunks for s in (c.choices[0].logprobs.content if c.choices[0].logprobs else [])]
@@ -276,7 +300,7 @@ def test_log_probabilities_and_token_ids(stream, serve_text):
 def test_a_message_can_be_continued(random_server):
     messages = [*ASK, {"role": "assistant", "content": "In Oslo", "partial": True}]
     random_server.openai().chat.completions.create(model="kimi", messages=messages, max_tokens=2)
-    assert BYTES.decode(random_server.engine.seen[-1][0]).endswith("<|im_middle|>In Oslo")
+    assert BYTES.decode(random_server.engine.seen[-1].prompt_ids).endswith("<|im_middle|>In Oslo")
 
 
 def bad(random_server, **changes):
@@ -304,7 +328,8 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0].function"),
         ({"temperature": 3}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
         ({"top_k": 2**31}, "top_k"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"max_tokens": 0}, "max_tokens"),

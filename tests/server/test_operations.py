@@ -155,8 +155,8 @@ def test_too_many_requests(serve):
 
 def test_errors_of_the_engine(serve):
     class Broken(FakeEngine):
-        async def generate(self, prompt_ids, sampling, n=1):
-            async for event in super().generate(prompt_ids, sampling, n):
+        async def generate(self, job):
+            async for event in super().generate(job):
                 yield event
                 if len(self.seen) > 0 and self.running:
                     raise RuntimeError("inner secret")
@@ -203,7 +203,7 @@ def test_metrics(serve):
         page = httpx.get(server.url + "/metrics").text
         lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
         assert float(lines["kimi_generation_tokens_total"]) == 10
-        assert float(lines["kimi_prompt_tokens_total"]) == 2 * len(server.engine.seen[0][0])
+        assert float(lines["kimi_prompt_tokens_total"]) == 2 * len(server.engine.seen[0].prompt_ids)
         assert float(lines["kimi_time_to_first_token_seconds_count"]) == 2
         assert float(lines["kimi_inter_token_seconds_count"]) == 8
         assert float(lines["kimi_kv_pages_total"]) == 300

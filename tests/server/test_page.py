@@ -78,7 +78,7 @@ def test_a_dialogue_with_a_tool_by_keyboard(size, browser, serve_text):
         page.get_by_text("It is 12°.").wait_for()
         assert page.locator("article.user b").count() == 1  # what was typed is no markup
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        prompt = BYTES.decode(server.engine.seen[-1][0])
+        prompt = BYTES.decode(server.engine.seen[-1].prompt_ids)
         assert (
             "## Return of functions.get_weather:0\n12°" in prompt and "Be brief." in prompt and "tool_declare" in prompt
         )

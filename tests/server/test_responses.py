@@ -31,7 +31,7 @@ CALLS = (
 
 
 def prompt_text(server):
-    return BYTES.decode(server.engine.seen[-1][0])
+    return BYTES.decode(server.engine.seen[-1].prompt_ids)
 
 
 def test_text(serve_text):
@@ -40,11 +40,11 @@ def test_text(serve_text):
             model="kimi", input="Hi", instructions="Be brief.", max_output_tokens=50
         )
         assert (answer.output_text, answer.status, answer.error) == ("Grüße", "completed", None)
-        assert answer.usage.input_tokens == len(server.engine.seen[0][0])
+        assert answer.usage.input_tokens == len(server.engine.seen[0].prompt_ids)
         assert (answer.usage.output_tokens, answer.usage.input_tokens_details.cached_tokens) == (8, 2)
         expected = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
         assert prompt_text(server) == template.to_text(template.render(expected))
-        assert server.engine.seen[0][1].max_tokens == 50
+        assert server.engine.seen[0].max_tokens == 50
         cut = server.openai().responses.create(model="kimi", input="Hi", max_output_tokens=3)
         assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 
@@ -70,7 +70,7 @@ def test_calls_and_their_results(serve_text):
         client.responses.create(
             model="kimi", input=[*items, message, call, result], tools=[WEATHER], max_output_tokens=2
         )
-        whole = server.engine.seen[-1][0]
+        whole = server.engine.seen[-1].prompt_ids
         expected = [
             {"role": "user", "content": "Weather in Oslo?"},
             {
@@ -86,7 +86,7 @@ def test_calls_and_their_results(serve_text):
         client.responses.create(
             model="kimi", input=[result], tools=[WEATHER], previous_response_id=answer.id, max_output_tokens=2
         )
-        assert server.engine.seen[-1][0] == whole
+        assert server.engine.seen[-1].prompt_ids == whole
 
 
 def test_a_stream(serve_text):

@@ -24,6 +24,10 @@ def parse_in_steps(steps):
     return answer
 
 
+def parse(text):
+    return parse_in_steps([(text, False)])
+
+
 def call_dicts(answer):
     return [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in answer.calls]
 
@@ -67,7 +71,7 @@ def wrap(*calls, end=CALL_END):
     ],
 )
 def test_ids(id_, name):
-    (call,) = tool_parser.parse(wrap((id_, "{}"))).calls
+    (call,) = parse(wrap((id_, "{}"))).calls
     assert (call.id, call.name) == (id_.strip(), name)
 
 
@@ -75,7 +79,7 @@ def test_ids(id_, name):
     "id_", ["", ":0", "functions.a", "functions.a:", "functions.a:x", "functions.a: 1", "a b:1", "a:٣"]
 )
 def test_malformed_ids_are_skipped(id_):
-    answer = tool_parser.parse("t" + wrap((id_, '{"x":1}'), ("functions.ok:1", "{}")))
+    answer = parse("t" + wrap((id_, '{"x":1}'), ("functions.ok:1", "{}")))
     assert [(call.name, call.arguments) for call in answer.started] == [("ok", "{}")]
     assert answer.content == "t"
 
@@ -112,7 +116,7 @@ def test_markers_out_of_place(text, content, calls):
 @pytest.mark.parametrize("cut", range(1, len(wrap(("functions.a:0", '{"x": "y z"}'))) + 1))
 def test_an_output_that_is_cut_off(cut):
     whole = wrap(("functions.a:0", '{"x": "y z"}'))
-    answer = tool_parser.parse("Hm. " + whole[:cut])
+    answer = parse("Hm. " + whole[:cut])
     assert bool(answer.calls) == (CALL_END in whole[:cut])
     released = whole[:cut] if cut < len("<|tool_call") else ""
     assert answer.content == ("Hm." if answer.started else "Hm. " + released)
@@ -162,6 +166,6 @@ def test_well_formed_output_equals_a_regular_expression(text, calls):
     found = re.findall(
         re.escape(CALL_BEGIN) + "(.*?)" + re.escape(ARGUMENT_BEGIN) + "(.*?)" + re.escape(CALL_END), output, re.S
     )
-    answer = tool_parser.parse(output)
+    answer = parse(output)
     assert [(call.id, call.arguments) for call in answer.calls] == [(id_, a.strip(" \t\r\n")) for id_, a in found]
     assert answer.content == (text.rstrip(" \t\r\n") if calls else text)
