@@ -22,8 +22,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from kimi_jax.checkpoint import fp8, safetensors
+from kimi_jax.checkpoint import fp8
 from kimi_jax.checkpoint.hf_names import plan
+from kimi_jax.checkpoint.safetensors_writer import write_file
 from kimi_jax.config import ModelConfig
 from kimi_jax.presets import kimi_k2_1t
 
@@ -56,7 +57,7 @@ def make(folder: Path, cfg: ModelConfig) -> None:
             tensors[entry.name] = np.resize(drawn[: min(n, 1 << 20)], n).astype(dtype).reshape(entry.shape)
     folder.mkdir(parents=True)
     for file, tensors in files.items():
-        safetensors.write(folder / file, tensors)
+        write_file(folder / file, tensors)
     quantisation = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(cfg.to_hf() | {"quantization_config": quantisation}))
 

@@ -20,6 +20,7 @@ it. Initialisation, sharding, Muon's matrix axes, QK-Clip, Hugging Face names an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,15 @@ def is_axes(x: Any) -> bool:
 def map_specs(f, specs: Specs):
     """Applies ``f`` to every ParamSpec of a nested dict."""
     return jax.tree.map(f, specs, is_leaf=is_spec)
+
+
+def by_name(specs: Specs, above: str = "") -> Iterator[tuple[str, ParamSpec]]:
+    """Every ParamSpec of a nested dict after its dotted path, in the order of declaration."""
+    for name, node in specs.items():
+        if is_spec(node):
+            yield above + name, node
+        else:
+            yield from by_name(node, f"{above}{name}.")
 
 
 def axes_of(specs: Specs):

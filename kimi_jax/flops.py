@@ -25,9 +25,8 @@ def active_parameters(cfg: ModelConfig) -> int:
     """Weights that one token is multiplied with: the head counts, the embedding look-up and the gains do not."""
     total = 0
     for spec in jax.tree.leaves(specs(cfg), is_leaf=is_spec):
-        is_matrix = len([axis for axis in spec.axes if axis not in ("layers", EXPERTS)]) >= 2
         is_embedding = spec.axes[0] == VOCAB
-        if not is_matrix or is_embedding:
+        if spec.is_vector or is_embedding:
             continue
         share = cfg.num_experts_per_tok / cfg.n_routed_experts if EXPERTS in spec.axes else 1
         total += round(math.prod(spec.shape) * share)

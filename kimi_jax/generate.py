@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--min-p", type=float, default=0.0, help="leave out what is less likely, against the likeliest")
     parser.add_argument("--stop", action="append", default=[], help="end before this text; several are possible")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the computation; default: as stored")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the computation; default: the model's")
     parser.add_argument("--tokenizer", help="'bytes' or a tiktoken.model; default: the checkpoint's own")
     parser.add_argument("--max-rows", type=int, default=64, help="answers that are generated at once")
     parser.add_argument("--cache-tokens", type=int, help="that the latent cache holds; default: what the prompts need")

@@ -20,7 +20,7 @@ from kimi_jax.checkpoint.placed import read_params
 from kimi_jax.checkpoint.source import Source
 from kimi_jax.checkpoint.weights import CheckpointWeights
 from kimi_jax.config import ModelConfig, from_dict
-from kimi_jax.dims import Params, is_spec, map_specs
+from kimi_jax.dims import Params, by_name, is_spec, map_specs
 from kimi_jax.errors import UserError
 from kimi_jax.model import KimiK2, specs
 from kimi_jax.sharding.rules import shardings
@@ -32,9 +32,9 @@ def load(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> tu
     ``path``: a Hugging Face directory (bf16, f32, block-fp8 or int4 safetensors), a converted checkpoint, or a training
     workdir, its checkpoints or one step; local, or a URL such as gs://. ``dtype``: of weights and computation; by
     default weights keep the stored dtype (fp8 and int4 become exact f32) and the computation runs in bf16 if they are
-    bf16, else in f32. ``mesh``: an axis named "expert" splits the experts, every other weight is on all devices;
-    each process reads what its devices hold. Raises ``UserError`` on anything missing, left over, truncated or not
-    finite.
+    bf16, else in f32, but that of a training run as its config says. ``mesh``: an axis named "expert" splits the
+    experts, every other weight is on all devices; each process reads what its devices hold. Raises ``UserError`` on
+    anything missing, left over, truncated or not finite.
     """
     cfg, read = _in_dtype(path, dtype)
     if mesh is None:
@@ -72,8 +72,7 @@ def load_params(path: str | Path, cfg: ModelConfig, where: Any) -> Params:
 
 
 def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(specs(cfg), is_leaf=is_spec)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): spec.shape for path, spec in leaves}
+    return {name: spec.shape for name, spec in by_name(specs(cfg))}
 
 
 def _compute_dtype(dtype: Any) -> np.dtype:
@@ -127,6 +126,10 @@ def _read_converted(path: str | Path, cfg: ModelConfig, where: Any) -> Params:
 
 def _read_trained(path: str | Path, cfg: ModelConfig, where: Any) -> Params:
     params, _ = restore_params(path, where)
+    for keys, w in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.isfinite(w).all():
+            name = jax.tree_util.keystr(keys, simple=True, separator=".")
+            raise UserError(f"{name} in {path} holds NaN or infinity: use a checkpoint from before that step")
     return jax.tree.map(
         lambda s, w: w if s.is_buffer else w.astype(cfg.param_dtype), specs(cfg), params, is_leaf=is_spec
     )

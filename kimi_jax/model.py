@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -39,8 +40,23 @@ REMAT_POLICIES = {
 }
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
+    """The tokens' rows of the table; its gradient is added up in f32, for one id may stand at many places."""
     return table_VD[tokens_BT].astype(dtype)
+
+
+def _lookup_fwd(table_VD: Array, tokens_BT: Array, dtype: Any):
+    return lookup(table_VD, tokens_BT, dtype), (table_VD, tokens_BT)
+
+
+def _lookup_bwd(_, residuals, dx_BTD: Array):
+    table_VD, tokens_BT = residuals
+    sums_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens_BT].add(dx_BTD.astype(jnp.float32))
+    return sums_VD.astype(table_VD.dtype), None
+
+
+lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 class Ops(NamedTuple):
@@ -110,10 +126,6 @@ def in_compute_dtype(cfg: ModelConfig, params: Params) -> Params:
 
 def positions(cfg: ModelConfig, positions_BT: Array) -> mla.Positions:
     return mla.Positions(*angles(positions_BT, cfg.rope, cfg.qk_rope_head_dim))
-
-
-def embed(params: Params, cfg: ModelConfig, tokens_BT: Array) -> Array:
-    return lookup(params["embedding"], tokens_BT, cfg.dtype)
 
 
 def head(params: Params, x_BTD: Array) -> Array:

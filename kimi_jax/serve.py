@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key", action="append", default=[], help="several are possible; none: no key needed")
     parser.add_argument("--model-name", action="append", default=[], help="what clients call it; default: kimi_jax")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the computation; default: as stored")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the computation; default: the model's")
     parser.add_argument("--tokenizer", help="'bytes' or a tiktoken.model; default: the checkpoint's own")
     parser.add_argument("--max-model-len", type=int, help="tokens of prompt and answer; default: 4096, or the model's")
     parser.add_argument("--max-rows", type=int, default=64, help="answers that are generated at once")

@@ -19,6 +19,7 @@ from kimi_jax import presets
 from kimi_jax.checkpoint import safetensors
 from kimi_jax.checkpoint.hf_names import plan
 from kimi_jax.checkpoint.manager import FOLDER, Checkpoints
+from kimi_jax.checkpoint.safetensors_writer import write_file
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import is_spec
 from kimi_jax.errors import UserError
@@ -44,7 +45,7 @@ def random_tensors(cfg: ModelConfig = CFG, dtype=np.float32) -> dict[str, np.nda
 def save(folder: Path, tensors: dict[str, np.ndarray], cfg: ModelConfig = CFG, **config) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(cfg.to_hf() | config))
-    safetensors.write(folder / "model.safetensors", tensors)
+    write_file(folder / "model.safetensors", tensors)
     return folder
 
 
@@ -140,7 +141,7 @@ def test_shards_with_weight_and_scale_apart(tmp_path):
         files[name] = next(f for f in np.roll(["a.safetensors", "b.safetensors", "c.safetensors"], i) if f != near)
     assert files[UP] != files[UP + "_scale_inv"]
     for file in set(files.values()):
-        safetensors.write(folder / file, {name: w for name, w in tensors.items() if files[name] == file})
+        write_file(folder / file, {name: w for name, w in tensors.items() if files[name] == file})
     _, without_index = kimi_jax.load(folder)
     (folder / safetensors.INDEX).write_text(
         json.dumps({"weight_map": {name: str(file) for name, file in files.items()}})
@@ -179,6 +180,17 @@ def test_training_checkpoint_in_another_dtype(workdir):
     assert (model.cfg.dtype, model.cfg.param_dtype) == ("bfloat16", "bfloat16")
     np.testing.assert_array_equal(leaf(params, "lm_head"), (random_tensors()["lm_head.weight"].T * 2).astype(BF16))
     np.testing.assert_array_equal(leaf(params, "moe_layers.moe.router.bias")[0], random_tensors()[BIAS] * 2)
+
+
+def test_training_checkpoint_that_is_not_finite(tmp_path):
+    params = kimi_jax.load(save(tmp_path / "hf", random_tensors()))[1]
+    checkpoints = Checkpoints(tmp_path / FOLDER)
+    meta = {"config": {"model": dataclasses.asdict(CFG), "data": {"tokenizer": "bytes"}}}
+    checkpoints.save(1, {"params": params | {"norm": params["norm"].at[3].set(jnp.nan)}}, meta)
+    checkpoints.wait()
+    with pytest.raises(UserError, match="^norm in .* holds NaN or infinity"):
+        kimi_jax.load(tmp_path)
+    checkpoints.close()
 
 
 def test_mesh_replicates(tmp_path):

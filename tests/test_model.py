@@ -12,7 +12,7 @@ import pytest
 from kimi_jax import presets
 from kimi_jax.dims import is_spec, map_specs
 from kimi_jax.errors import UserError
-from kimi_jax.model import KimiK2, in_compute_dtype, init_params, parameter_count, specs
+from kimi_jax.model import KimiK2, in_compute_dtype, init_params, lookup, parameter_count, specs
 
 CFG = presets.tiny().replace(
     vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
@@ -147,6 +147,15 @@ def test_stats_of_one_kind_of_layer(name):
     _, stats = jax.eval_shape(lambda t: KimiK2(cfg).apply({"params": parameters(cfg)}, t, stats=True), tokens)
     assert stats.max_logits_LN.shape == (3, 2) and stats.load_LE.shape == (cfg.n_moe_layers, 6)
     assert stats.balance_loss.shape == ()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_the_table_is_added_up_in_float32(dtype):
+    """256 + 1 is 256 in bf16, from either end."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    dy = jnp.ones((1, 8, 4), jnp.bfloat16).at[0, jnp.array([0, -1])].set(256)
+    _, pullback = jax.vjp(lambda table: lookup(table, tokens, jnp.bfloat16), jnp.ones((3, 4), dtype))
+    np.testing.assert_array_equal(pullback(dy)[0], jnp.asarray([[518], [0], [0]], dtype) * jnp.ones(4, dtype))
 
 
 def loss_and_gradients(cfg):

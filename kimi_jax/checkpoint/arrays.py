@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 
 from kimi_jax.checkpoint import paths
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False}
 HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
@@ -131,10 +131,8 @@ class Arrays:
         step, size = spec.chunk_bytes, data.nbytes
         assert data.dtype == spec.dtype and data.flags.c_contiguous and size <= step, name
         file = paths.join(self._folder, chunk_file(name, cell))
-        try:
+        with os_errors_as(file):
             paths.write_file(file, data, zeros=step - size, suffix=UNFINISHED)
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror or error}") from error
 
     def _slices(self, name: str, cell: tuple[int, ...]) -> Index:
         grid = zip(cell, self.chunk(name), self.shape(name), strict=True)

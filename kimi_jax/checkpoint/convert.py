@@ -8,9 +8,7 @@ TARGET/meta/       JSON, written last: without it nothing reads the rest
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +22,7 @@ from kimi_jax.checkpoint.claims import TakenError
 from kimi_jax.checkpoint.progress import FOLDER, Progress, unfinished
 from kimi_jax.checkpoint.report import Reporter, gib, peak_rss
 from kimi_jax.checkpoint.source import Source
+from kimi_jax.checkpoint.threads import for_each
 from kimi_jax.checkpoint.units import Plan, Unit, make_plan
 from kimi_jax.checkpoint.version import FORMAT_VERSION
 from kimi_jax.errors import UserError
@@ -102,7 +101,7 @@ def _convert(job: Conversion, progress: Progress, check: Callable[[], None]) -> 
         reporter.add(unit.nbytes)
 
     try:
-        _for_each(convert, todo, job.workers)
+        for_each(convert, todo, job.workers)
     finally:
         journal.close()
         reporter.close()
@@ -114,31 +113,6 @@ def _convert(job: Conversion, progress: Progress, check: Callable[[], None]) -> 
         "seconds": round(reporter.seconds, 3),
         "bytes_per_second": round(reporter.bytes / max(reporter.seconds, 1e-9)),
     }
-
-
-def _for_each(f: Callable[[Unit], None], units: list[Unit], workers: int) -> None:
-    """Calls ``f`` in threads; after the first error nothing new is begun."""
-    pending, lock, stop = iter(units), threading.Lock(), threading.Event()
-
-    def work() -> None:
-        while not stop.is_set():
-            with lock:
-                unit = next(pending, None)
-            if unit is None:
-                return
-            try:
-                f(unit)
-            except BaseException:
-                stop.set()
-                raise
-
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work) for _ in range(workers)]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            stop.set()
 
 
 def _write(source: Source, target: Arrays, unit: Unit) -> str:

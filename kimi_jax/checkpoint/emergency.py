@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kimi_jax.checkpoint import digest, safetensors
-from kimi_jax.checkpoint.safetensors_writer import Shard, TensorSpec, named, writing
+from kimi_jax.checkpoint.safetensors_writer import write_file
 from kimi_jax.checkpoint.version import FORMAT_VERSION
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 NAME = re.compile(r"(\d+)-([0-9a-f]+)-(\d+)\.safetensors(\.unfinished)?")
 ABOUT = "about"
@@ -45,7 +45,7 @@ class LocalCopies:
 
     def __init__(self, folder: Path, run: str, start: str, process: int):
         self._folder, self._run, self._start, self._process = folder / run, run, start, process
-        with named(self._folder):
+        with os_errors_as(f"cannot write {self._folder}"):
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
 
@@ -98,12 +98,7 @@ def write(path: Path, pieces: Mapping[str, np.ndarray], about: Mapping[str, Any]
     digests = {name: digest.of_array(data) for name, data in pieces.items()}
     text = np.frombuffer(json.dumps({**about, "digests": digests}).encode(), np.uint8)
     names = sorted(pieces, key=lambda name: -pieces[name].dtype.itemsize)  # each starts at a multiple of its element
-    specs = [TensorSpec(name, pieces[name].shape, pieces[name].dtype) for name in names]
-    file = Shard(path.name, (*specs, TensorSpec(ABOUT, text.shape, text.dtype)))
-    with writing(path.parent, file) as target:
-        for name in names:
-            target.write(name, 0, pieces[name])
-        target.write(ABOUT, 0, text)
+    write_file(path, {**{name: pieces[name] for name in names}, ABOUT: text})
 
 
 def read(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -14,7 +14,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,10 @@ from kimi_jax.checkpoint import beside_weights, digest, paths
 from kimi_jax.checkpoint.outgoing import Outgoing
 from kimi_jax.checkpoint.report import Reporter, gib, peak_rss
 from kimi_jax.checkpoint.safetensors import INDEX
-from kimi_jax.checkpoint.safetensors_writer import (
-    Shard,
-    is_complete,
-    named,
-    plan_shards,
-    write_bytes,
-    write_index,
-    writing,
-)
+from kimi_jax.checkpoint.safetensors_writer import Shard, is_complete, plan_shards, write_bytes, write_index, writing
+from kimi_jax.checkpoint.threads import for_each
 from kimi_jax.checkpoint.weights import CheckpointWeights
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 SHARD_SIZE = 5_000_000_000
 DTYPES = ("bf16", "fp8")
@@ -115,24 +107,12 @@ def _check_complete(target: Path, shards: list[Shard]) -> None:
 def _write_shards(target: Path, shards: list[Shard], outgoing: Outgoing, workers: int) -> None:
     reporter = Reporter(f"writing {target}", sum(shard.data_bytes for shard in shards))
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            for shard in shards:
-                with writing(target, shard) as file:
-                    futures = [pool.submit(outgoing.write, piece, file) for piece in outgoing.pieces(shard.tensors)]
-                    _report(futures, reporter)
+        for shard in shards:
+            pieces = outgoing.pieces(shard.tensors)
+            with writing(target, shard) as file:
+                for_each(lambda piece: reporter.add(outgoing.write(piece, file)), pieces, workers)
     finally:
         reporter.close()
-
-
-def _report(futures: list[Future[int]], reporter: Reporter) -> None:
-    """Returns when all have written, or raises when one has failed and the others have stopped."""
-    try:
-        for future in as_completed(futures):
-            reporter.add(future.result())
-    finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
 
 
 @contextmanager
@@ -143,7 +123,7 @@ def _claimed(target: Path, job: dict[str, Any]) -> Iterator[bool]:
     another live process writes.
     """
     marker = target / MARKER
-    with named(target):
+    with os_errors_as(f"cannot write {target}"):
         target.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in target.iterdir() if path.name != MARKER]
     if others and not marker.exists():
@@ -151,7 +131,7 @@ def _claimed(target: Path, job: dict[str, Any]) -> Iterator[bool]:
             yield True
             return
         raise UserError(f"{target} is not empty: remove it or choose another target")
-    with named(marker):
+    with os_errors_as(f"cannot write {marker}"):
         file = open(marker, "a+", encoding="utf-8")  # noqa: SIM115
     with file:
         try:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from kimi_jax.config import ModelConfig
-from kimi_jax.dims import EXPERTS, HEADS, LAYERS, ParamSpec, is_spec
+from kimi_jax.dims import EXPERTS, HEADS, LAYERS, ParamSpec, by_name
 from kimi_jax.model import specs
 
 Path = tuple[str, ...]
@@ -78,16 +78,8 @@ class Entry:
 
 def plan(cfg: ModelConfig) -> Iterator[Entry]:
     """Every tensor of the model's Hugging Face checkpoint, without fp8 scales."""
-
-    def walk(tree: dict, path: Path) -> Iterator[tuple[Path, ParamSpec]]:
-        for name, node in tree.items():
-            if is_spec(node):
-                yield (*path, name), node
-            else:
-                yield from walk(node, (*path, name))
-
-    for path, spec in walk(specs(cfg), ()):
-        yield from _entries(cfg, path, spec)
+    for name, spec in by_name(specs(cfg)):
+        yield from _entries(cfg, name, spec)
 
 
 def text_part(tensors: Mapping[str, T]) -> dict[str, T]:
@@ -97,8 +89,8 @@ def text_part(tensors: Mapping[str, T]) -> dict[str, T]:
     return {name.removeprefix(TEXT_PREFIX): t for name, t in tensors.items() if not name.startswith(OTHER_PARTS)}
 
 
-def _entries(cfg: ModelConfig, path: Path, spec: ParamSpec) -> Iterator[Entry]:
-    template = TABLE[".".join(path)]
+def _entries(cfg: ModelConfig, name: str, spec: ParamSpec) -> Iterator[Entry]:
+    path, template = tuple(name.split(".")), TABLE[name]
     n_stacks = sum(axis in (LAYERS, EXPERTS) for axis in spec.axes)
     ours, axes = spec.shape[n_stacks:], spec.axes[n_stacks:]
     inputs = 0 if len(ours) == 1 or path == ("embedding",) else 2 if axes[0] == HEADS else 1

@@ -6,8 +6,6 @@ neighbours of a row share an int32, the first in its lowest bits; a row is fille
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from kimi_jax.errors import UserError
@@ -16,28 +14,17 @@ GROUP = 32
 SUFFIXES = ("_packed", "_scale", "_shape")  # that stand for one weight, after its name
 
 
-def dequantise(
-    packed: np.ndarray, scale: np.ndarray, shape: Sequence[int] | np.ndarray, name: str, group: int = GROUP
-) -> np.ndarray:
-    """The f32 weights [out, in] of an int4 matrix; exact if the scales are bf16 or f16.
+def dequantise(packed: np.ndarray, scale: np.ndarray, width: int, name: str, group: int = GROUP) -> np.ndarray:
+    """The f32 weights [out, width] of an int4 matrix; exact if the scales are bf16 or f16.
 
-    ``packed`` [out, in / 8] int32, ``scale`` [out, in / group] of any float type, ``shape`` what ``weight_shape``
-    holds. ``name`` is for the message if they do not fit together or the scales are not finite.
+    ``packed`` [out, ceil(width / 8)] int32, ``scale`` [out, ceil(width / group)] of any float type. ``name`` is for the
+    message if the scales are not finite.
     """
-    shape = tuple(int(n) for n in shape)
-    if len(shape) != 2:
-        raise UserError(f"{name}: weight_shape is {shape}, but only matrices are packed")
-    expected = {"packed": (shape[0], -(-shape[1] // 8)), "scale": (shape[0], -(-shape[1] // group))}
-    for what, part in {"packed": packed, "scale": scale}.items():
-        if part.shape != expected[what]:
-            raise UserError(f"{name}: weight_{what} has shape {part.shape}, expected {expected[what]} for {shape}")
-    if packed.dtype != np.int32:
-        raise UserError(f"{name}: weight_packed has dtype {packed.dtype}, expected int32")
     scale = scale.astype(np.float32)
     if not np.isfinite(scale).all():
         raise UserError(f"{name}: the group scales hold NaN or infinity; the file is damaged")
-    weights = _unpack(packed)[:, : shape[1]].astype(np.float32)
-    weights *= np.repeat(scale, group, axis=1)[:, : shape[1]]
+    weights = _unpack(packed)[:, :width].astype(np.float32)
+    weights *= np.repeat(scale, group, axis=1)[:, :width]
     return weights
 
 

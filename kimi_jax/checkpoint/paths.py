@@ -21,7 +21,7 @@ import fsspec
 import fsspec.core
 import numpy as np
 
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 AnyPath = str | Path
 TRIES, PAUSE_S = 3, 1.0  # of a server that fails, and between them
@@ -121,10 +121,8 @@ def read_text(path: AnyPath) -> str:
 
 def read_json(path: AnyPath) -> Any:
     """Raises ``UserError`` if the file cannot be read or is no JSON."""
-    try:
+    with os_errors_as(f"cannot read {path}"):
         content = read_bytes(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

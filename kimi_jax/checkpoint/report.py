@@ -11,15 +11,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from kimi_jax.checkpoint import paths
-from kimi_jax.errors import UserError
+from kimi_jax.errors import os_errors_as
 
 EVERY_S = 10.0  # between two lines where there is no terminal
 
@@ -75,7 +73,7 @@ def check(path: paths.AnyPath) -> None:
     """Raises ``UserError`` if ``write`` could not write there."""
     if paths.is_remote(path):
         return
-    with _writing(path):
+    with os_errors_as(f"the report cannot be written to {path}"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -83,13 +81,5 @@ def check(path: paths.AnyPath) -> None:
 
 
 def write(path: paths.AnyPath, report: dict[str, Any]) -> None:
-    with _writing(path):
+    with os_errors_as(f"the report cannot be written to {path}"):
         paths.write_text(path, json.dumps(report, indent=2) + "\n")
-
-
-@contextmanager
-def _writing(path: paths.AnyPath) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"the report cannot be written to {path}: {error.strerror or error}") from error

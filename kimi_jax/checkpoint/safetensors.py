@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files with numpy: nothing is loaded until it is used.
+"""Reading safetensors files with numpy: nothing is loaded until it is used.
 
 A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the data.
 """
@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from kimi_jax.checkpoint import paths
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -54,7 +54,7 @@ class Stored:
 
 def read_header(path: paths.AnyPath) -> dict[str, Stored]:
     """The tensors of one file, local or remote, from its header alone. The file must be long enough for all of them."""
-    try:
+    with os_errors_as(f"cannot read {path}"):
         size = paths.size(path)
         start = paths.read_bytes(path, 0, min(8, size))
         length = int.from_bytes(start, "little")
@@ -63,8 +63,6 @@ def read_header(path: paths.AnyPath) -> dict[str, Stored]:
         if length > size - 8:
             raise UserError(f"{path} is truncated or no safetensors file: its header should have {length} bytes")
         encoded = paths.read_bytes(path, 8, 8 + length) if length else b""
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
         header = json.loads(encoded)
         header.pop("__metadata__", None)
@@ -109,26 +107,6 @@ def _check_no_gaps(path: paths.AnyPath, spans: list[list[int]], size: int) -> No
         covered = end
     if covered != size:
         raise UserError(f"{path} is damaged: its tensors end at byte {covered} of the data, which has {size}")
-
-
-def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one file, in the order given; it appears when it is complete, and maps of an older one stay valid."""
-    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors.values():
-            file.write(tensor.tobytes())
-    unfinished.replace(path)
 
 
 def read_headers(folder: paths.AnyPath) -> dict[str, Stored]:

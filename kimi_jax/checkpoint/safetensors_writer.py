@@ -18,7 +18,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from kimi_jax.checkpoint.safetensors import DTYPES, INDEX
-from kimi_jax.errors import UserError
+from kimi_jax.errors import os_errors_as
 
 METADATA = {"format": "pt"}  # without it transformers refuses a file
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
@@ -129,7 +129,7 @@ class ShardFile:
         tensor, start = self._tensors[name]
         assert data.dtype == tensor.dtype and first + data.size <= math.prod(tensor.shape), name
         view = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
-        with named(self._path):
+        with os_errors_as(f"cannot write {self._path}"):
             _write_all(self._fd, view, start + first * data.dtype.itemsize)
         with self._lock:
             self.missing -= data.nbytes
@@ -140,17 +140,17 @@ def writing(folder: Path, shard: Shard) -> Iterator[ShardFile]:
     """The shard's file for writing. It appears under its name when the block ends without an error, all written."""
     path = Path(folder) / shard.file
     unfinished = path.with_name(path.name + ".unfinished")
-    with named(unfinished):
+    with os_errors_as(f"cannot write {unfinished}"):
         fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        with named(unfinished):
+        with os_errors_as(f"cannot write {unfinished}"):
             header = shard.header
             _allocate(fd, len(header) + shard.data_bytes)
             _write_all(fd, memoryview(header), 0)
         target = ShardFile(unfinished, fd, shard)
         yield target
         assert target.missing == 0, f"{path}: {target.missing} bytes were not written"
-        with named(unfinished):
+        with os_errors_as(f"cannot write {unfinished}"):
             os.fsync(fd)
             unfinished.replace(path)
     except BaseException:
@@ -158,6 +158,14 @@ def writing(folder: Path, shard: Shard) -> Iterator[ShardFile]:
         raise
     finally:
         os.close(fd)
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """One file of its own, in the order given; it appears when it is complete, and maps of an older one stay valid."""
+    specs = [TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+    with writing(path.parent, Shard(path.name, tuple(specs))) as file:
+        for name, tensor in tensors.items():
+            file.write(name, 0, tensor)
 
 
 def _allocate(fd: int, size: int) -> None:
@@ -186,15 +194,6 @@ def write_index(folder: Path, shards: Iterable[Shard], **metadata: Any) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """The file appears when it is complete."""
     unfinished = path.with_name(path.name + ".unfinished")
-    with named(path):
+    with os_errors_as(f"cannot write {path}"):
         unfinished.write_bytes(content)
         unfinished.replace(path)
-
-
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """An error of the file system as one line that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -14,7 +14,7 @@ from kimi_jax.checkpoint.arrays import Arrays
 from kimi_jax.checkpoint.hf_names import Entry
 from kimi_jax.checkpoint.source import Source
 from kimi_jax.config import ModelConfig, from_dict
-from kimi_jax.dims import is_spec
+from kimi_jax.dims import by_name
 from kimi_jax.errors import UserError
 from kimi_jax.model import specs
 
@@ -123,9 +123,10 @@ class CheckpointWeights:
         cfg = from_dict(ModelConfig, meta["config"]["model"], "model")
         rows, columns = meta.get("fp8_block") or fp8.BLOCK
         arrays = Arrays.open(paths.join(folder, "state"), CACHE_BYTES)
-        for name, shape in _shapes(specs(cfg)):
-            if arrays.shape(f"params.{name}") != shape:
-                raise UserError(f"{folder}: {name} has shape {arrays.shape(f'params.{name}')}, the config says {shape}")
+        for name, spec in by_name(specs(cfg)):
+            shape = arrays.shape(f"params.{name}")
+            if shape != spec.shape:
+                raise UserError(f"{folder}: {name} has shape {shape}, the config says {spec.shape}")
         return cls(str(folder), meta, cfg, (rows, columns), arrays)
 
     def dtype(self, entry: Entry) -> np.dtype:
@@ -175,11 +176,3 @@ class CheckpointWeights:
 def _blocks(start: int, stop: int, block: tuple[int, int]) -> slice:
     """The rows of scales that belong to rows of weights."""
     return slice(start // block[0], -(-stop // block[0]))
-
-
-def _shapes(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, node in tree.items():
-        if is_spec(node):
-            yield ".".join((*path, name)), node.shape
-        else:
-            yield from _shapes(node, (*path, name))

@@ -78,20 +78,12 @@ class TrainData:
             weights.append(source.weight)
         self._sequences = grain.MapDataset.mix(parts, weights) if len(parts) > 1 else parts[0]
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The rows of global batch ``step`` that belong to this process, each field [B / process_count, T]."""
-        return self.rows(step, _rows(self.batch_size, process_index, process_count))
-
     def rows(self, step: int, rows: Sequence[int]) -> Batch:
         """Those rows of global batch ``step``, each field [len(rows), T]."""
         return _stack(self._sequences[step * self.batch_size + row] for row in rows)
 
-    def iter(self, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """``batch(start_step)``, ``batch(start_step + 1)``, ... without end, prepared ahead by a thread."""
-        return self.iter_rows(start_step, _rows(self.batch_size, process_index, process_count))
-
     def iter_rows(self, start_step: int, rows: Sequence[int]) -> Iterator[Batch]:
-        """``rows(start_step, rows)``, ``rows(start_step + 1, rows)``, ... likewise."""
+        """``rows(start_step, rows)``, ``rows(start_step + 1, rows)``, ... without end, prepared ahead by a thread."""
         steps = grain.MapDataset.range(start_step, sys.maxsize)
         batches = steps.map(lambda step: self.rows(step, rows))
         return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
@@ -124,20 +116,12 @@ class EvalData:
     def __len__(self) -> int:
         return -(-self._picked // self.batch_size)
 
-    def batch(self, i: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The rows of global batch ``i`` that belong to this process, each field [B / process_count, T]."""
-        return self.rows(i, _rows(self.batch_size, process_index, process_count))
-
     def rows(self, i: int, rows: Sequence[int]) -> Batch:
         """Those rows of global batch ``i``, each field [len(rows), T]."""
         assert 0 <= i < len(self)
         n = len(self._sequences)
         places = (i * self.batch_size + row for row in rows)
         return _stack(self._sequences[place * n // self._picked if place < self._picked else n] for place in places)
-
-    def iter(self, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """Every batch once."""
-        return (self.batch(i, process_index, process_count) for i in range(len(self)))
 
 
 class _Sequences:
@@ -166,14 +150,6 @@ def _store(cfg: DataConfig, source: SourceConfig, share: float, held_out: bool, 
 def _source_seed(seed: int, source: int) -> int:
     """32 bits of a hash: Grain shuffles epoch e with seed + e, so neighbouring seeds would repeat each other."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{source}".encode(), digest_size=4).digest(), "big")
-
-
-def _rows(batch_size: int, process_index: int, process_count: int) -> range:
-    if batch_size % process_count:
-        raise UserError(f"the batch of {batch_size} sequences does not divide over {process_count} processes")
-    assert 0 <= process_index < process_count
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)
 
 
 def _stack(rows: Iterable[Any]) -> Batch:

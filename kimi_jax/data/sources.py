@@ -20,7 +20,7 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 STDLIB = "stdlib"
 ROWS = 256  # of a Parquet file that are held at a time
@@ -85,12 +85,10 @@ def files(source: SourceConfig) -> list[File]:
 def documents(source: SourceConfig) -> Iterator[Document]:
     """The non-empty documents of a source, always in the same order."""
     for file in files(source):
-        try:
+        with os_errors_as(f"cannot read {file.path}"):
             for row, text in enumerate(FORMATS[file.format](file.path, source.key)):
                 if text:
                     yield Document(file.name if file.format == "text" else f"{file.name}#{row}", text)
-        except OSError as error:
-            raise UserError(f"cannot read {file.path}: {error.strerror or error}") from error
 
 
 def split(documents: Iterable[Document], holdout: float, held_out: bool) -> Iterator[Document]:
@@ -137,10 +135,8 @@ def _once(found: Iterable[str], base: str) -> Iterator[str]:
 
 def _files_below(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Links to folders are followed, except to ``directory`` itself and to those ``above`` that led to it."""
-    try:
+    with os_errors_as(f"cannot read {directory}"):
         there = [(entry.path, entry.is_dir()) for entry in os.scandir(directory) if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"cannot read {directory}: {error.strerror}") from error
     above = (*above, os.path.realpath(directory))
     for path, is_folder in there:
         if not is_folder:

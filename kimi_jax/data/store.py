@@ -20,7 +20,7 @@ import numpy as np
 
 from kimi_jax.data.sources import Document, SourceConfig, files
 from kimi_jax.data.tokenizer import MAX_CHARS, Tokenizer
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 FORMAT_VERSION = 1
 ENDS = 4096  # bytes at both ends of a file that tell it from another of its name, size and time
@@ -55,13 +55,10 @@ def cache_key(source: SourceConfig, tokenizer: Tokenizer, *split: object) -> str
     """A digest of what decides the tokens: each file's name, size, time and ends, how it is read, and the split."""
     stats = []
     for file in files(source):
-        try:
-            with open(file.path, "rb") as opened:
-                stat, first = os.fstat(opened.fileno()), opened.read(ENDS)
-                opened.seek(max(stat.st_size - ENDS, 0))
-                ends = hashlib.sha256(first + opened.read(ENDS)).hexdigest()
-        except OSError as error:
-            raise UserError(f"cannot read {file.path}: {error.strerror}") from error
+        with os_errors_as(f"cannot read {file.path}"), open(file.path, "rb") as opened:
+            stat, first = os.fstat(opened.fileno()), opened.read(ENDS)
+            opened.seek(max(stat.st_size - ENDS, 0))
+            ends = hashlib.sha256(first + opened.read(ENDS)).hexdigest()
         stats.append((file.name, stat.st_size, stat.st_mtime_ns, ends))
     described = [FORMAT_VERSION, stats, source.format, source.key, tokenizer.identity, split]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 if TYPE_CHECKING:
     import tiktoken
@@ -166,10 +166,8 @@ class TiktokenTokenizer(Tokenizer):
 
         path = Path(path).expanduser()
         path = path / "tiktoken.model" if path.is_dir() else path
-        try:
+        with os_errors_as(f"cannot read the tokenizer {path}"):
             content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
         pieces = parse_ranks(content, str(path))
         encoding = tiktoken.Encoding(
             path.name,

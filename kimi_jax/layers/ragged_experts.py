@@ -15,7 +15,7 @@ from kimi_jax.dims import Array, Params
 from kimi_jax.kernels.grouped_quantized import grouped as grouped_quantized
 from kimi_jax.kernels.grouped_quantized import grouped_plain as grouped_quantized_plain
 from kimi_jax.kernels.grouped_quantized import tiles
-from kimi_jax.layers.dispatch import Hidden, combine, sort_assignments, sum_copies
+from kimi_jax.layers.dispatch import Hidden, Order, combine, sort_assignments, sum_copies
 from kimi_jax.layers.mlp import swiglu
 from kimi_jax.layers.quantized import Quantized
 
@@ -46,10 +46,7 @@ def _precision(x: Array) -> lax.Precision | None:
 def forward(p: Params, x_MD: Array, weights_MK: Array, experts_MK: Array) -> tuple[Array, Hidden]:
     """As ``blocked_experts.forward``, but for the rows past the last in what is kept."""
     order = sort_assignments(experts_MK, p["gate"].shape[0])
-    x_AD = x_MD[order.order_A // experts_MK.shape[1]]
-    gate_AF, up_AF = (grouped(x_AD, p[name], order.sizes_E) for name in ("gate", "up"))
-    y_AD = grouped(swiglu(gate_AF, up_AF), p["down"], order.sizes_E)
-    return combine(y_AD[order.inverse_MK], weights_MK).astype(x_MD.dtype), Hidden(order, gate_AF, up_AF)
+    return _run(p, x_MD, weights_MK, order, order.sizes_E)
 
 
 def ragged_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:
@@ -61,10 +58,14 @@ def ragged_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Arra
     flat = jax.tree.map(lambda w: w.reshape(L * E, *w.shape[2:]), stack)
     order = sort_assignments(experts_MK, E)
     sizes_LE = lax.dynamic_update_slice(jnp.zeros(L * E, jnp.int32), order.sizes_E, (layer * E,))
-    x_AD = x_MD[order.order_A // experts_MK.shape[1]]
-    gate_AF, up_AF = (grouped(x_AD, flat[name], sizes_LE) for name in ("gate", "up"))
-    y_AD = grouped(swiglu(gate_AF, up_AF), flat["down"], sizes_LE)
-    return combine(y_AD[order.inverse_MK], weights_MK).astype(x_MD.dtype)
+    return _run(flat, x_MD, weights_MK, order, sizes_LE)[0]
+
+
+def _run(p: Params, x_MD: Array, weights_MK: Array, order: Order, sizes_E: Array) -> tuple[Array, Hidden]:
+    x_AD = x_MD[order.order_A // weights_MK.shape[1]]
+    gate_AF, up_AF = (grouped(x_AD, p[name], sizes_E) for name in ("gate", "up"))
+    y_AD = grouped(swiglu(gate_AF, up_AF), p["down"], sizes_E)
+    return combine(y_AD[order.inverse_MK], weights_MK).astype(x_MD.dtype), Hidden(order, gate_AF, up_AF)
 
 
 def _quantised_experts_of(stack: Params, layer: Array, x_MD: Array, weights_MK: Array, experts_MK: Array) -> Array:

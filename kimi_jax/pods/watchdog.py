@@ -58,8 +58,8 @@ class Watchdog:
 class StepLimit:
     """How long the next step may take: ``seconds``, or if that is 0, 20 times the longest so far and at least 600.
 
-    The first counts for nothing, for while some begin it, others still compile; and as a step is computed while the next
-    is begun, 1800 are allowed until the second has ended.
+    The first counts for nothing, for while some begin it, others still compile; and as a step is computed while the
+    next is begun, 1800 are allowed until the second has ended.
     """
 
     FACTOR, LEAST, FIRST = 20, 600.0, 1800.0

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kimi_jax.checkpoint.safetensors_writer import named
+from kimi_jax.checkpoint.safetensors_writer import write_bytes
+from kimi_jax.errors import os_errors_as
 from kimi_jax.training.board import Board
 
 FILE, CURVES = "metrics.jsonl", "curves.png"
@@ -37,10 +38,7 @@ def keep_until(path: Path, step: int) -> None:
         return
     kept = [r for kind in ("train", "eval") for r in read(path, kind) if r["step"] <= step]
     kept.sort(key=lambda record: record["step"])
-    part = path.with_suffix(".part")
-    with named(path):
-        part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        part.replace(path)
+    write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 class Writer:
@@ -53,7 +51,7 @@ class Writer:
         from tqdm import tqdm
 
         self._workdir = workdir
-        with named(workdir):
+        with os_errors_as(f"cannot write {workdir}"):
             self._file = open(workdir / FILE, "a", encoding="utf-8", buffering=1)
             self._board = Board(workdir / "tensorboard", start)
         terminal = sys.stderr.isatty()
@@ -81,7 +79,7 @@ class Writer:
         sys.stdout.flush()
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
-        with named(self._workdir):
+        with os_errors_as(f"cannot write {self._workdir}"):
             self._file.write(json.dumps({"kind": kind, **record}) + "\n")
             if kind == "eval" or record["step"] % self._log_every == 0:
                 numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
@@ -90,12 +88,12 @@ class Writer:
 
     def flush(self) -> None:
         """Lets all be on disk that was written."""
-        with named(self._workdir):
+        with os_errors_as(f"cannot write {self._workdir}"):
             self._board.flush()
 
     def close(self) -> None:
         self._bar.close()
-        with named(self._workdir), closing(self._board):
+        with os_errors_as(f"cannot write {self._workdir}"), closing(self._board):
             self._file.close()
 
 
@@ -142,7 +140,7 @@ def plot(workdir: Path, tau: float | None) -> Path:
     axes[1, 1].set(title="learning rate", xlabel="step")
     path = workdir / CURVES
     part = path.with_suffix(".part")
-    with named(path):
+    with os_errors_as(f"cannot write {path}"):
         figure.savefig(part, format="png", dpi=110)
         part.replace(path)
     plt.close(figure)

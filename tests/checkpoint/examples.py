@@ -14,6 +14,7 @@ from kimi_jax import presets
 from kimi_jax.checkpoint import safetensors
 from kimi_jax.checkpoint.hf_names import plan
 from kimi_jax.checkpoint.manager import Checkpoints
+from kimi_jax.checkpoint.safetensors_writer import write_file
 from kimi_jax.config import ModelConfig
 from kimi_jax.dims import is_spec
 from kimi_jax.model import specs
@@ -77,7 +78,7 @@ FP8_CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size"
 def save_hf(folder: Path, tensors: dict[str, np.ndarray], cfg: ModelConfig = CFG, **config) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(cfg.to_hf() | config))
-    safetensors.write(folder / "model.safetensors", tensors)
+    write_file(folder / "model.safetensors", tensors)
     return folder
 
 

@@ -14,6 +14,7 @@ import pytest
 import kimi_jax
 from kimi_jax.checkpoint import safetensors
 from kimi_jax.checkpoint.convert import from_hf
+from kimi_jax.checkpoint.safetensors_writer import write_file
 from kimi_jax.checkpoint.source import Source
 from kimi_jax.errors import UserError
 from tests.checkpoint.examples import BF16, FP8_CONFIG, quantised, random_tensors, save_hf
@@ -113,7 +114,7 @@ def test_an_unreadable_shard(tmp_path, good):
     source = save_hf(tmp_path / "hf", {}, **FP8_CONFIG)
     (source / "model.safetensors").unlink()
     for i in range(2):
-        safetensors.write(source / f"part-{i}.safetensors", {name: good[name] for name in names[i::2]})
+        write_file(source / f"part-{i}.safetensors", {name: good[name] for name in names[i::2]})
     index = {"weight_map": {name: f"part-{i}.safetensors" for i in range(2) for name in names[i::2]}}
     (source / safetensors.INDEX).write_text(json.dumps(index))
     opened = Source.open(source)

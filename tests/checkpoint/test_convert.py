@@ -14,6 +14,7 @@ import kimi_jax
 from kimi_jax.checkpoint import arrays, convert, fp8, paths, safetensors, units
 from kimi_jax.checkpoint.convert import from_hf
 from kimi_jax.checkpoint.export import to_hf
+from kimi_jax.checkpoint.safetensors_writer import write_file
 from kimi_jax.checkpoint.verify import verify
 from kimi_jax.errors import UserError
 from tests.checkpoint.examples import BF16, CFG, FP8, FP8_CONFIG, quantised, random_tensors, read, same, save_hf
@@ -121,7 +122,7 @@ def test_the_layout_of_the_shards_does_not_matter(tmp_path, source, tensors):
         folder.mkdir()
         shutil.copy(source / "config.json", folder)
         for file, held in files.items():
-            safetensors.write(folder / file, {name: tensors[name] for name in held})
+            write_file(folder / file, {name: tensors[name] for name in held})
         if layout != "apart":
             index = {"weight_map": {name: file for file, held in files.items() for name in held}}
             (folder / safetensors.INDEX).write_text(json.dumps(index))

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 import kimi_jax
-from kimi_jax.checkpoint import manager, safetensors, weights
+from kimi_jax.checkpoint import manager, weights
 from kimi_jax.checkpoint.arrays import Arrays
 from kimi_jax.checkpoint.convert import from_hf
 from kimi_jax.checkpoint.export import MARKER, to_hf
 from kimi_jax.checkpoint.safetensors import INDEX
+from kimi_jax.checkpoint.safetensors_writer import write_file
 from kimi_jax.checkpoint.verify import verify
 from kimi_jax.config import ModelConfig
 from kimi_jax.errors import UserError
@@ -139,7 +140,7 @@ def test_fp8_there_and_back_is_identical(tmp_path, layout, with_index):
     (folder / "model.safetensors").unlink()
     files = layouts(tensors)[layout]
     for file, part in files.items():
-        safetensors.write(folder / file, part)
+        write_file(folder / file, part)
     if with_index:
         weight_map = {name: file for file, part in files.items() for name in part}
         (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from kimi_jax import presets
-from kimi_jax.checkpoint import convert, safetensors
+from kimi_jax.checkpoint import convert
 from kimi_jax.checkpoint.convert import from_hf
 from kimi_jax.checkpoint.export import to_hf
 from kimi_jax.checkpoint.inspect import inspect
+from kimi_jax.checkpoint.safetensors_writer import write_file
 from kimi_jax.errors import UserError
 from kimi_jax.model import parameter_count
 from tests.checkpoint.examples import CFG, FP8_CONFIG, quantised, random_params, random_tensors, save_hf, save_run
@@ -41,7 +42,7 @@ def test_config_alone(tmp_path):
 
 
 def test_safetensors_alone(tmp_path):
-    safetensors.write(tmp_path / "x.safetensors", {"a.1.b": np.ones(3), "a.2.b": np.ones(3), "c": np.ones(2, np.int8)})
+    write_file(tmp_path / "x.safetensors", {"a.1.b": np.ones(3), "a.2.b": np.ones(3), "c": np.ones(2, np.int8)})
     found = inspect(tmp_path)
     assert [(g.name, g.count, g.nbytes) for g in found.groups] == [("a.*.b", 2, 48), ("c", 1, 2)]
     assert found.model is None and "float64" in str(found)

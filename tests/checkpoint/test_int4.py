@@ -25,7 +25,7 @@ def test_definition(shape, group, dtype):
     rng = np.random.default_rng(shape[1])
     n = rng.integers(-8, 8, shape)
     scale = rng.uniform(-2, 2, (shape[0], -(-shape[1] // group))).astype(dtype)
-    found = int4.dequantise(pack(n), scale, np.array(shape, np.int64), "w", group)
+    found = int4.dequantise(pack(n), scale, shape[1], "w", group)
     assert found.dtype == np.float32 and found.shape == shape
     for i in range(shape[0]):
         for j in range(shape[1]):
@@ -35,7 +35,7 @@ def test_definition(shape, group, dtype):
 def test_words_that_compressed_tensors_packs():
     """``pack_to_int32([[-8, -7, -1, 0, 1, 2, 6, 7, 3, -4]], 4)`` of compressed-tensors 0.20 gives these two words."""
     words = np.array([[0xFEA98710, 0x0000004B]], np.uint32).view(np.int32)
-    found = int4.dequantise(words, np.ones((1, 1), np.float32), (1, 10), "w")
+    found = int4.dequantise(words, np.ones((1, 1), np.float32), 10, "w")
     assert found.tolist() == [[-8, -7, -1, 0, 1, 2, 6, 7, 3, -4]]
 
 
@@ -44,27 +44,8 @@ def test_input_need_not_be_contiguous_and_is_not_written_to():
     packed, scale = pack(n), np.full((6, 2), 0.5, np.float32)
     before = packed.tobytes()
     packed.flags.writeable = False
-    np.testing.assert_array_equal(int4.dequantise(packed[::2], scale[::2], (3, 64), "w"), n[::2] / 2)
+    np.testing.assert_array_equal(int4.dequantise(packed[::2], scale[::2], 64, "w"), n[::2] / 2)
     assert packed.tobytes() == before and (scale == 0.5).all()
-
-
-@pytest.mark.parametrize(
-    "packed, scale, shape, message",
-    [
-        ((4, 8), (4, 2), (4, 72), "weight_packed has shape"),
-        ((4, 8), (4, 2), (5, 64), "weight_packed has shape"),
-        ((4, 8), (2, 4), (4, 64), "weight_scale has shape"),
-        ((4, 8), (4, 2), (4, 64, 1), "only matrices"),
-    ],
-)
-def test_parts_that_do_not_fit(packed, scale, shape, message):
-    with pytest.raises(UserError, match=f"layers.3.x.*{message}"):
-        int4.dequantise(np.zeros(packed, np.int32), np.ones(scale, np.float32), shape, "layers.3.x")
-
-
-def test_wrong_dtype():
-    with pytest.raises(UserError, match="layers.3.x: weight_packed has dtype int64"):
-        int4.dequantise(np.zeros((4, 8), np.int64), np.ones((4, 2), np.float32), (4, 64), "layers.3.x")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -72,4 +53,4 @@ def test_scale_not_finite(bad):
     scale = np.ones((4, 2), np.float32)
     scale[3, 1] = bad
     with pytest.raises(UserError, match="layers.3.x.*scales"):
-        int4.dequantise(np.zeros((4, 8), np.int32), scale, (4, 64), "layers.3.x")
+        int4.dequantise(np.zeros((4, 8), np.int32), scale, 64, "layers.3.x")

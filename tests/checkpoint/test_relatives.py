@@ -13,6 +13,7 @@ from kimi_jax.checkpoint.convert import from_hf
 from kimi_jax.checkpoint.export import to_hf
 from kimi_jax.checkpoint.hf_names import plan
 from kimi_jax.checkpoint.int4 import SUFFIXES
+from kimi_jax.checkpoint.safetensors_writer import write_file
 from kimi_jax.checkpoint.verify import verify
 from kimi_jax.config import ModelConfig
 from kimi_jax.errors import UserError
@@ -75,7 +76,7 @@ def multimodal(folder):
     names, weight_map = sorted(stored), {}
     for i in range(3):
         file = f"model-{i + 1:05}-of-000003.safetensors"
-        safetensors.write(folder / file, {name: stored[name] for name in names[i::3]})
+        write_file(folder / file, {name: stored[name] for name in names[i::3]})
         weight_map |= dict.fromkeys(names[i::3], file)
     (folder / safetensors.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder, exact
@@ -129,6 +130,7 @@ def test_damage_is_found_by_name(tmp_path):
         ({up + "_scale": scale}, f"{up}.*NaN"),
         ({up + "_shape": np.array([64, 95])}, f"{up}_shape says"),
         ({up + "_packed": stored[up + "_packed"][:, :-1]}, f"{up}_packed has shape"),
+        ({up + "_scale": stored[up + "_scale"].T}, f"{up}_scale has shape"),
         ({up + "_scale": None}, f"no {up}_scale"),
         ({up + "_scale": scale.astype(bool)}, f"{up}_scale has dtype bool"),
         ({up + "_packed": stored[up + "_packed"].astype(np.int64)}, f"{up}_packed has dtype int64"),

@@ -123,10 +123,7 @@ def test_killed_at_random_moments(tmp_path, source, whole):
 def test_damaged_chunks_are_written_again(tmp_path, source, whole, monkeypatch):
     """A chunk cut short, one that is gone, and a wrong byte in the one that was written last."""
     target = tmp_path / "t"
-    stop_after(monkeypatch, 60)
-    with pytest.raises(UserError, match="stopped"):
-        from_hf(source, target, "fp8", workers=1)
-    monkeypatch.undo()
+    convert_until(monkeypatch, 60, source, target)
     chunks = sorted((p for p in target.glob("state/*/c/**/*") if p.is_file()), key=lambda p: p.stat().st_mtime_ns)
     chunks[3].write_bytes(chunks[3].read_bytes()[:-1])
     chunks[5].rename(f"{chunks[5]}.__lock")
@@ -137,7 +134,8 @@ def test_damaged_chunks_are_written_again(tmp_path, source, whole, monkeypatch):
     assert_same_folders(target, whole)
 
 
-def stop_after(monkeypatch, n: int) -> None:
+def convert_until(monkeypatch, n: int, source: Path, target: Path, workers: int = 1) -> None:
+    """Writes ``n`` chunks, then fails."""
     original, calls = Arrays.write_chunk, itertools.count()  # several threads come here
 
     def write(*args):
@@ -145,15 +143,15 @@ def stop_after(monkeypatch, n: int) -> None:
             raise UserError("stopped")
         original(*args)
 
-    monkeypatch.setattr(Arrays, "write_chunk", write)
+    with monkeypatch.context() as patch:
+        patch.setattr(Arrays, "write_chunk", write)
+        with pytest.raises(UserError, match="stopped"):
+            from_hf(source, target, "fp8", workers=workers)
 
 
 def test_something_else_is_not_continued(tmp_path, source, monkeypatch):
     target = tmp_path / "t"
-    stop_after(monkeypatch, 3)
-    with pytest.raises(UserError, match="stopped"):
-        from_hf(source, target, "fp8")
-    monkeypatch.undo()
+    convert_until(monkeypatch, 3, source, target, workers=2)
     with pytest.raises(UserError, match="another dtype"):
         from_hf(source, target, "bf16")
     other = save_hf(
@@ -322,10 +320,7 @@ def test_a_process_of_a_cluster_takes_its_own_share(monkeypatch):
 def test_a_journal_that_ends_in_the_middle_of_a_line(tmp_path, source, whole, monkeypatch):
     """As a kill or a full disk leaves it: that unit, and one that was noted on the same line, are done again."""
     target = tmp_path / "t"
-    stop_after(monkeypatch, 20)
-    with pytest.raises(UserError, match="stopped"):
-        from_hf(source, target, "fp8", workers=1)
-    monkeypatch.undo()
+    convert_until(monkeypatch, 20, source, target)
     journal = next((target / "progress").glob("journal-*"))
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:10]) + lines[10][:7] + "".join(lines[11:-1]) + lines[-1][:-4])

@@ -39,6 +39,16 @@ def data(source, *more, batch_size=4, seed=0, **options):
     return TrainData(cfg, BYTES, batch_size=batch_size, seq_len=T, seed=seed)
 
 
+def batch(data, step):
+    """All rows of one batch."""
+    return data.rows(step, range(data.batch_size))
+
+
+def batches(data):
+    """All that is held out."""
+    return (batch(data, i) for i in range(len(data)))
+
+
 def assert_equal(a, b):
     for name, x, y in zip(Batch._fields, a, b, strict=True):
         np.testing.assert_array_equal(x, y, err_msg=name)
@@ -54,43 +64,44 @@ def n_sequences(source):
 
 
 def test_shapes_and_types(source):
-    batch = data(source).batch(3)
-    assert [x.shape for x in batch] == [(4, T)] * 5
-    assert [x.dtype for x in batch] == [np.int32] * 4 + [np.float32]
+    found = batch(data(source), 3)
+    assert [x.shape for x in found] == [(4, T)] * 5
+    assert [x.dtype for x in found] == [np.int32] * 4 + [np.float32]
 
 
 def test_a_fresh_object_gives_the_same_batch_in_any_order(source):
     steps = [0, 7, 3, 10**6, 3]
-    want = {step: data(source).batch(step) for step in set(steps)}
+    want = {step: batch(data(source), step) for step in set(steps)}
     same = data(source)
     for step in steps:
-        assert_equal(same.batch(step), want[step])
+        assert_equal(batch(same, step), want[step])
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_processes_share_the_global_batch(source, process_count):
     for step in (0, 5):
-        parts = [data(source).batch(step, i, process_count) for i in range(process_count)]
-        assert_equal(map(np.concatenate, zip(*parts, strict=True)), data(source).batch(step))
+        shares = np.arange(4).reshape(process_count, -1).tolist()
+        parts = [data(source).rows(step, share) for share in shares]
+        assert_equal(map(np.concatenate, zip(*parts, strict=True)), batch(data(source), step))
 
 
 def test_iteration_resumes_where_it_stopped(source):
-    whole = list(islice(data(source).iter(), 9))
-    for step, batch in enumerate(whole):
-        assert_equal(batch, data(source).batch(step))
-    for batch, want in zip(data(source).iter(4), whole[4:], strict=False):
-        assert_equal(batch, want)
-    for batch, want in zip(data(source).iter(2, 1, 2), whole[2:], strict=False):
-        assert_equal(batch, (x[2:] for x in want))
+    whole = list(islice(data(source).iter_rows(0, range(4)), 9))
+    for step, found in enumerate(whole):
+        assert_equal(found, batch(data(source), step))
+    for found, want in zip(data(source).iter_rows(4, range(4)), whole[4:], strict=False):
+        assert_equal(found, want)
+    for found, want in zip(data(source).iter_rows(2, range(2, 4)), whole[2:], strict=False):
+        assert_equal(found, (x[2:] for x in want))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_each_epoch_is_another_permutation(source, batch_size):
     n = n_sequences(source)
     shuffled = data(source, batch_size=batch_size)
-    found = rows(shuffled.batch(step) for step in range(-(-4 * n // batch_size)))
+    found = rows(batch(shuffled, step) for step in range(-(-4 * n // batch_size)))
     epochs = [found[k * n : (k + 1) * n] for k in range(4)]
-    ordered = rows(data(source, batch_size=1, shuffle=False).batch(step) for step in range(n))
+    ordered = rows(batch(data(source, batch_size=1, shuffle=False), step) for step in range(n))
     assert len(set(ordered)) == n
     assert all(Counter(epoch) == Counter(ordered) for epoch in epochs)
     assert len({tuple(epoch) for epoch in (*epochs, ordered)}) == 5
@@ -100,15 +111,15 @@ def test_seeds_differ_and_do_not_shift_into_each_other(source):
     n = n_sequences(source)
     epochs = set()
     for seed in (0, 1, 2, -1, 2**40):
-        batches = data(source, batch_size=n, seed=seed)
-        epochs |= {tuple(rows([batches.batch(step)])) for step in range(3)}
+        seeded = data(source, batch_size=n, seed=seed)
+        epochs |= {tuple(rows([batch(seeded, step)])) for step in range(3)}
     assert len(epochs) == 15
 
 
 def test_without_shuffling_the_stream_is_in_order(source):
     n = n_sequences(source)
-    batch = data(source, batch_size=n, shuffle=False).batch(1)
-    read = batch.tokens[batch.segment_ids > 0].tolist()
+    found = batch(data(source, batch_size=n, shuffle=False), 1)
+    read = found.tokens[found.segment_ids > 0].tolist()
     stream = [token for d in documents(source) for token in (*d.text.encode(), BYTES.eos)]
     assert read == stream[:-1]
 
@@ -120,7 +131,7 @@ def test_mixtures_keep_their_weights(source, tmp_path, weights):
     lower = dataclasses.replace(source, weight=weights[0])
     upper = SourceConfig(str(path), weight=weights[1])
     mixed = data(lower, upper, batch_size=420)
-    share = (mixed.batch(1).tokens < ord("a")).any(axis=1).mean()
+    share = (batch(mixed, 1).tokens < ord("a")).any(axis=1).mean()
     assert share == pytest.approx(weights[1] / sum(weights), rel=0.01)
 
 
@@ -129,14 +140,14 @@ def test_every_source_of_a_mixture_goes_through_its_own_epochs(source, tmp_path)
     path.write_text("ABCD" * 30)
     mixed = data(source, SourceConfig(str(path)), batch_size=2)
     n = n_sequences(source)
-    drawn = [row for row in rows(mixed.batch(step) for step in range(n)) if b"A" not in row[0]]
-    assert Counter(drawn) == Counter(rows(data(source, batch_size=1).batch(step) for step in range(n)))
+    drawn = [row for row in rows(batch(mixed, step) for step in range(n)) if b"A" not in row[0]]
+    assert Counter(drawn) == Counter(rows(batch(data(source, batch_size=1), step) for step in range(n)))
 
 
 def test_a_cached_source_gives_the_same_batches(source, tmp_path):
     cache = str(tmp_path / "cache")
     for _ in range(2):
-        assert_equal(data(source, cache=cache).batch(2), data(source).batch(2))
+        assert_equal(batch(data(source, cache=cache), 2), batch(data(source), 2))
 
 
 def test_embedded_corpus_is_the_default_and_splits_by_file():
@@ -146,7 +157,7 @@ def test_embedded_corpus_is_the_default_and_splits_by_file():
     assert Counter(train + held_out) == Counter(everything)
     assert 0.01 < sum(map(len, held_out)) / sum(map(len, everything)) < 0.12
     evaluation = EvalData(cfg, BYTES, batch_size=64, seq_len=256)
-    scored = sum(BYTES.token_bytes_V[b.targets][b.weights > 0].sum() for b in evaluation.iter())
+    scored = sum(BYTES.token_bytes_V[b.targets][b.weights > 0].sum() for b in batches(evaluation))
     assert scored == sum(map(len, held_out)) - len(held_out)  # the first byte of a document is given
 
 
@@ -155,11 +166,11 @@ def test_training_and_held_out_documents_are_apart(source):
     train, held_out = set(split_bytes(cfg, "train")), set(split_bytes(cfg, "eval"))
     assert train and held_out and not train & held_out
     assert train | held_out == {d.text.encode() for d in documents(source)}
-    batches = TrainData(cfg, BYTES, batch_size=4, seq_len=4, seed=0)
-    tokens = {row.tobytes() for step in range(100) for row in batches.batch(step).tokens}
+    shuffled = TrainData(cfg, BYTES, batch_size=4, seq_len=4, seed=0)
+    tokens = {row.tobytes() for step in range(100) for row in batch(shuffled, step).tokens}
     only = TrainData(dataclasses.replace(cfg, shuffle=False), BYTES, batch_size=1, seq_len=4, seed=0)
     total = sum(len(x) + 1 for x in train)
-    assert tokens == {only.batch(i).tokens.tobytes() for i in range(-(-(total - 1) // 4))}
+    assert tokens == {batch(only, i).tokens.tobytes() for i in range(-(-(total - 1) // 4))}
 
 
 def test_separate_eval_sources_leave_all_sources_to_training(source, tmp_path):
@@ -180,39 +191,39 @@ def test_evaluation_reads_every_held_out_token_once_in_order(source, tmp_path):
     n = n_sequences(source) + n_sequences(other)
     assert n % 4 and len(evaluation) == -(-n // 4)
     for _ in range(2):
-        batches = list(evaluation.iter())
-        assert {x.shape for b in batches for x in b} == {(4, T)}
-        found = np.concatenate([b.tokens for b in batches]), np.concatenate([b.segment_ids for b in batches])
+        read = list(batches(evaluation))
+        assert {x.shape for b in read for x in b} == {(4, T)}
+        found = np.concatenate([b.tokens for b in read]), np.concatenate([b.segment_ids for b in read])
         real = found[0][found[1] > 0].tolist()
         want = []
         for s in (source, other):
             want += [token for d in documents(s) for token in (*d.text.encode(), BYTES.eos)][:-1]
         assert real == want
-        last = batches[-1]
+        last = read[-1]
         assert not last.weights[n % 4 :].any() and not last.segment_ids[n % 4 :].any()
 
 
 def test_evaluation_over_processes(source):
     evaluation = eval_data(source)
-    parts = [list(evaluation.iter(i, 2)) for i in range(2)]
-    for whole, *shares in zip(evaluation.iter(), *parts, strict=True):
+    for i, whole in enumerate(batches(evaluation)):
+        shares = evaluation.rows(i, range(2)), evaluation.rows(i, range(2, 4))
         assert_equal(map(np.concatenate, zip(*shares, strict=True)), whole)
 
 
 def test_limited_evaluation_is_spread_over_the_text(source):
     n = n_sequences(source)
-    everything = rows(eval_data(source).iter())[:n]
+    everything = rows(batches(eval_data(source)))[:n]
     limited = eval_data(source, max_batches=2)
     assert len(limited) == 2
-    assert rows(limited.iter()) == [everything[j * n // 8] for j in range(8)]
-    assert rows(eval_data(source, max_batches=10**6).iter()) == rows(eval_data(source).iter())
+    assert rows(batches(limited)) == [everything[j * n // 8] for j in range(8)]
+    assert rows(batches(eval_data(source, max_batches=10**6))) == rows(batches(eval_data(source)))
 
 
 def test_one_document_is_trained_on_and_cannot_be_held_out(tmp_path):
     one = write(tmp_path / "one", [100])
     for holdout in (0.0, 0.05, 0.99):
         cfg = DataConfig(sources=(one,), holdout=holdout)
-        assert TrainData(cfg, BYTES, batch_size=2, seq_len=T, seed=0).batch(0).weights.any()
+        assert batch(TrainData(cfg, BYTES, batch_size=2, seq_len=T, seed=0), 0).weights.any()
         with pytest.raises(UserError, match="held-out share .* set data.eval_sources, or raise data.holdout"):
             EvalData(cfg, BYTES, batch_size=2, seq_len=T)
 
@@ -230,9 +241,9 @@ def test_empty_corpora(source, tmp_path):
 
 def test_a_one_character_corpus_trains(tmp_path):
     (tmp_path / "tiny.txt").write_text("x")
-    batch = data(SourceConfig(str(tmp_path / "tiny.txt"))).batch(0)
-    assert batch.tokens[:, 0].tolist() == [ord("x")] * 4
-    assert batch.weights.sum(axis=1).tolist() == [1.0] * 4
+    found = batch(data(SourceConfig(str(tmp_path / "tiny.txt"))), 0)
+    assert found.tokens[:, 0].tolist() == [ord("x")] * 4
+    assert found.weights.sum(axis=1).tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("holdout", [-0.1, 1.0, float("nan")])
@@ -241,9 +252,7 @@ def test_holdout_is_a_share(holdout):
         DataConfig(holdout=holdout)
 
 
-def test_batches_that_do_not_divide(source):
-    with pytest.raises(UserError, match="4 sequences does not divide over 3 processes"):
-        data(source).batch(0, 0, 3)
+def test_sizes_are_positive(source):
     with pytest.raises(UserError, match="must be at least 1"):
         data(source, batch_size=0)
     with pytest.raises(UserError, match="must be at least 1"):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from kimi_jax.checkpoint import safetensors
 from kimi_jax.checkpoint.convert import from_hf
 from kimi_jax.checkpoint.export import to_hf
+from kimi_jax.checkpoint.safetensors_writer import write_file
 from kimi_jax.checkpoint.verify import verify
 from tests.parity.test_load_hf import PARTIAL_BLOCKS, expected_logits, in_f32, logits_of, quantise, some_tokens
 from tests.parity.test_transformers import build
@@ -49,8 +50,8 @@ def test_fp8_weights(tmp_path):
     config = json.loads((tmp_path / "full" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
-    safetensors.write(tmp_path / "fp8" / "model.safetensors", tensors)
-    safetensors.write(tmp_path / "full" / "model.safetensors", rounded, {"format": "pt"})
+    write_file(tmp_path / "fp8" / "model.safetensors", tensors)
+    write_file(tmp_path / "full" / "model.safetensors", rounded)
 
     from_hf(tmp_path / "fp8", tmp_path / "converted", "fp8")
     to_hf(tmp_path / "converted", tmp_path / "back")

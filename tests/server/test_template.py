@@ -113,7 +113,15 @@ def test_an_open_last_message_is_continued():
 
 @pytest.mark.parametrize(
     "content",
-    [3, {"text": "x"}, [3], ["x"], [{"type": "image_url", "image_url": {}}], [{"type": "text", "text": None}]],
+    [
+        3,
+        {"text": "x"},
+        [3],
+        ["x"],
+        [{"type": "image_url", "image_url": {}}],
+        [{"type": "text", "text": None}],
+        [{"type": "refusal", "text": "x"}],
+    ],
 )
 def test_content_that_is_no_text_is_refused(content):
     with pytest.raises(UserError, match="content"):
