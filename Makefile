@@ -17,7 +17,7 @@ PYTHON ?= $(shell for v in $(VERSIONS); do \
 	done; done)
 
 BIN := $(VENV)/bin
-SOURCES := $(wildcard kimi_jax configs tests benchmarks tools setup.py)
+SOURCES := $(wildcard kimi_jax configs tests benchmarks examples tools setup.py)
 
 # Tests on eight virtual devices need a process of their own.
 define pytest

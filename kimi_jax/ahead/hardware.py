@@ -29,7 +29,6 @@ class Chip:
     flops_per_cycle: int  # of all matrix units
     product_cycles: int  # the compiler's estimate for PRODUCT
     devices: int = 1  # per chip
-    ragged: bool = True  # has ragged_all_to_all
 
     @property
     def matmul_efficiency(self) -> float:
@@ -40,8 +39,8 @@ class Chip:
 
 PRODUCT = (8192, 7168, 2048)  # rows, contracted, columns: one expert's up-projection of 8,192 tokens
 CHIPS = {  # by the start of the device_kind; Google Cloud's pages on v5e, v5p, v6e and TPU7x
-    "TPU v5 lite": Chip(16, 819e9, 50e9, 3.125e9, 16e9, 16, False, 4 * 128**2 * 2, 1_901_949, ragged=False),
-    "TPU v5e": Chip(16, 819e9, 50e9, 3.125e9, 16e9, 16, False, 4 * 128**2 * 2, 1_901_949, ragged=False),
+    "TPU v5 lite": Chip(16, 819e9, 50e9, 3.125e9, 16e9, 16, False, 4 * 128**2 * 2, 1_901_949),
+    "TPU v5e": Chip(16, 819e9, 50e9, 3.125e9, 16e9, 16, False, 4 * 128**2 * 2, 1_901_949),
     "TPU v5": Chip(95, 2765e9, 100e9, 6.25e9, 16e9, 4, True, 8 * 128**2 * 2, 955_083),
     "TPU v6": Chip(32, 1638e9, 100e9, 12.5e9, 32e9, 16, False, 4 * 256**2 * 2, 530_304),
     "TPU7x": Chip(96, 3690e9, 100e9, 12.5e9, 32e9, 4, True, 4 * 256**2 * 2, 486_722, devices=2),

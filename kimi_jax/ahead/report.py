@@ -5,17 +5,15 @@ libtpu compiles for real topologies on any machine and refuses what would not fi
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import jax
-
+from kimi_jax.ahead.attempt import attempt
 from kimi_jax.ahead.collectives import collectives
 from kimi_jax.ahead.estimate import estimate
-from kimi_jax.ahead.hardware import CHIPS, GIB, Assumption, assumptions, of_kind
+from kimi_jax.ahead.hardware import GIB, Assumption, assumptions, of_kind
 from kimi_jax.ahead.memory import Routing, held, routing, saved
 from kimi_jax.ahead.optimum import newton_schulz_flops
 from kimi_jax.ahead.program import Program
@@ -24,9 +22,6 @@ from kimi_jax.ahead.scopes import SCOPES
 from kimi_jax.flops import PEAK_BF16, training_flops_per_token
 from kimi_jax.training.config import TrainConfig
 from kimi_jax.training.placement import Placement, lowered_step, placement, shapes
-
-OUT_OF_MEMORY = re.compile(r"([\d.]+)([MGT])\)? (?:of|exceeds available HBM) \(?([\d.]+)([MGT])")  # libtpu's two ways
-UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -83,30 +78,10 @@ class Report:
     assumptions: tuple[Assumption, ...]
 
 
-def out_of_memory(error: Exception) -> tuple[float, float]:
-    """GiB that a program needs and that there are, as the compiler's refusal says; raises it if it is another one."""
-    found = OUT_OF_MEMORY.search(str(error))
-    if not found:
-        raise error
-    return float(found[1]) * UNITS[found[2]] / GIB, float(found[3]) * UNITS[found[4]] / GIB
-
-
 def compile_step(cfg: TrainConfig, devices: Sequence[Any], topology: str, slices: int = 1) -> tuple[Report, str | None]:
     """The report on a training step, and the compiled program's text: None if it does not fit."""
-    place = placement(cfg, devices)
-    began = time.perf_counter()
-    lowered = lowered_step(cfg, place)
-    lowered_at = time.perf_counter()
-    kind = devices[0].device_kind
-    hbm, text, on_host = of_kind(CHIPS, kind).hbm_gib, None, 0.0
-    try:
-        program = lowered.compile()
-        memory: Any = program.memory_analysis()
-        peak, on_host = memory.peak_memory_in_bytes / GIB, memory.host_temp_size_in_bytes / GIB
-        text = program.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        peak, hbm = out_of_memory(error)
-    done_at = time.perf_counter()
+    place, kind = placement(cfg, devices), devices[0].device_kind
+    text, peak, hbm, on_host, lower_seconds, compile_seconds = attempt(partial(lowered_step, cfg, place), kind)
     state, batch = shapes(cfg, place)
     categories = {
         "parameters_gib": held(state.params) / GIB,
@@ -136,8 +111,8 @@ def compile_step(cfg: TrainConfig, devices: Sequence[Any], topology: str, slices
         estimated_gib=estimate(cfg, place.mesh).gib,
         model_flops_per_device=flops,
         seconds_at_peak=flops / of_kind(PEAK_BF16, kind),
-        lower_seconds=lowered_at - began,
-        compile_seconds=done_at - lowered_at,
+        lower_seconds=lower_seconds,
+        compile_seconds=compile_seconds,
         compiled=_compiled(cfg, place, text, flops, slices) if text else None,
         assumptions=assumptions(kind),
     )

@@ -6,21 +6,21 @@ tokens in the cache; requests are spread evenly over the devices, and every expe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kimi_jax.ahead.attempt import attempt
 from kimi_jax.ahead.bound import Bound, bound, chosen_experts, expert_parameters
 from kimi_jax.ahead.collectives import collectives
 from kimi_jax.ahead.hardware import CHIPS, GIB, Assumption, assumptions, of_kind
 from kimi_jax.ahead.memory import held
 from kimi_jax.ahead.program import Program
-from kimi_jax.ahead.report import out_of_memory
 from kimi_jax.ahead.roofline import StepTime, Traffic, Work, step_time, traffic, work_of
 from kimi_jax.config import ModelConfig
 from kimi_jax.inference import attention, cache, step, weights
@@ -97,7 +97,7 @@ class CompiledServing:
 def compile_serving(it: Serving, devices: Sequence[Any], topology: str) -> tuple[ServingReport, str | None]:
     """The report, and the compiled program's text: None if it does not fit."""
     mesh, kind = serving_mesh(devices), devices[0].device_kind
-    n, chip = mesh.size, of_kind(CHIPS, kind)
+    n = mesh.size
     params = weights.abstract(it.cfg, it.weights, mesh)
     rows_here, pages = -(-it.rows // n), -(-(it.past + it.width) // PAGE_SIZE)
 
@@ -110,22 +110,13 @@ def compile_serving(it: Serving, devices: Sequence[Any], topology: str) -> tuple
     )  # fmt: skip
     state = step.State(slots, whole(it.rows))  # pyright: ignore[reportArgumentType]
     given = step.Given(whole(it.rows, step.columns(it.width, pages)), whole(n, rows_here), NO_EXTRAS, None)
-    began = time.perf_counter()
-    lowered = step.step.lower(params, state, given, cfg=it.cfg, mesh=mesh, shape=step.Shape(it.width, 1, 0))
-    lowered_at = time.perf_counter()
-    text, hbm = None, chip.hbm_gib
-    try:
-        program = lowered.compile()
-        memory: Any = program.memory_analysis()
-        peak, text = memory.peak_memory_in_bytes / GIB, program.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        peak, hbm = out_of_memory(error)
-    done_at = time.perf_counter()
+    lower = partial(step.step.lower, params, state, given, cfg=it.cfg, mesh=mesh, shape=step.Shape(it.width, 1, 0))
+    text, peak, hbm, _, lower_seconds, compile_seconds = attempt(lower, kind)
     weights_gib, cache_gib = held(params) / GIB, held(slots) / GIB
     least = bound(it.cfg, it.rows, it.width, it.past, jnp.dtype(it.cache_dtype).itemsize, kind, n)
     token_gib = cache.n_bytes(it.cfg, 2, 1, LANES, it.cache_dtype) / 2 / GIB
     free = ROOM * hbm - (peak - cache_gib)
-    chips = n // chip.devices
+    chips = n // of_kind(CHIPS, kind).devices
     report = ServingReport(
         topology=topology,
         phase=it.phase,
@@ -146,8 +137,8 @@ def compile_serving(it: Serving, devices: Sequence[Any], topology: str) -> tuple
         temporaries_gib=peak - weights_gib - cache_gib,
         most_rows=n * max(0, int(free / (token_gib * pages * PAGE_SIZE))),
         longest_past=max(0, int(free / (token_gib * rows_here))),
-        lower_seconds=lowered_at - began,
-        compile_seconds=done_at - lowered_at,
+        lower_seconds=lower_seconds,
+        compile_seconds=compile_seconds,
         bound=least,
         bound_tokens_per_s_per_chip=least.tokens_per_s / chips,
         compiled=_compiled(it, mesh, text, least, chips) if text else None,

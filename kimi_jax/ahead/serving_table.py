@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kimi_jax.ahead.serving import CompiledServing, ServingReport
+from kimi_jax.ahead.table import assuming
 
 
 def serving_table(r: ServingReport) -> str:
@@ -20,9 +21,7 @@ def serving_table(r: ServingReport) -> str:
     ]
     if r.compiled:
         lines += ["", *_compiled(r, r.compiled)]
-    lines += ["", "assuming"]
-    lines += [f"  {a.name:28} {a.value:>9.4g} {a.unit:20} {a.source}" for a in r.assumptions]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *assuming(r.assumptions)])
 
 
 def _compiled(r: ServingReport, c: CompiledServing) -> list[str]:

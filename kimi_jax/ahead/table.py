@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kimi_jax.ahead.hardware import GIB
+from kimi_jax.ahead.hardware import GIB, Assumption
 from kimi_jax.ahead.report import Compiled, Report
 
 MEMORY = ("parameters", "optimizer", "batch", "activations", "temporaries")
@@ -16,9 +16,11 @@ def table(report: Report) -> str:
     lines = [*_what(report), "", *_memory(report)]
     if report.compiled:
         lines += ["", *_flops(report, report.compiled), "", *_traffic(report.compiled), "", *_time(report.compiled)]
-    lines += ["", "assuming"]
-    lines += [f"  {a.name:28} {a.value:>9.4g} {a.unit:20} {a.source}" for a in report.assumptions]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *assuming(report.assumptions)])
+
+
+def assuming(assumptions: Iterable[Assumption]) -> list[str]:
+    return ["assuming", *(f"  {a.name:28} {a.value:>9.4g} {a.unit:20} {a.source}" for a in assumptions)]
 
 
 def _what(r: Report) -> list[str]:

@@ -23,12 +23,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from kimi_jax.data.detokenizer import Detokenizer
 from kimi_jax.errors import UserError
 from kimi_jax.inference.limits import Limits
 from kimi_jax.inference.plan import Row, StepPlan, StepResult, pack
 from kimi_jax.inference.request import Event, Request
 from kimi_jax.inference.rows import decode_rows, prefill_rows, prefill_width
-from kimi_jax.inference.sequence import Detokenizer, Sequence, by_rank
+from kimi_jax.inference.sequence import Sequence, by_rank
 from kimi_jax.inference.shards import Shard, best
 
 NOT_FINITE = "the model gave NaN or infinity: its weights or their dtype do not suit this text"

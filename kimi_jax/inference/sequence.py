@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
+from kimi_jax.data.detokenizer import Detokenizer
 from kimi_jax.errors import UserError, one_line
 from kimi_jax.inference.drafting import Drafter
 from kimi_jax.inference.limits import Limits
@@ -15,12 +15,6 @@ from kimi_jax.inference.request import Event, Finish, Logprob, Request
 from kimi_jax.inference.stops import StopStrings
 
 Rank = tuple[float, int, int]
-
-
-class Detokenizer(Protocol):
-    def feed(self, token: int) -> str: ...
-
-    def finish(self) -> str: ...
 
 
 class Sequence:
@@ -64,10 +58,6 @@ class Sequence:
             raise UserError("grammar allows no first token")
         self._text = detokenizer() if detokenizer else None
         self._stops = StopStrings(request.stop)
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - self.n_prompt
 
     @property
     def unplanned(self) -> int:

@@ -32,10 +32,8 @@ from kimi_jax.inference.plan import StepPlan, StepResult
 from kimi_jax.inference.sampling import Extras, Sampled, Sampling, sample
 from kimi_jax.inference.sharded import AXIS, sharded_ops
 
-WHOLE = ("start_B", "length_B", "feed_B", "drafted_B", "top_k_B")
+INTS = ("start_B", "length_B", "feed_B", "drafted_B", "top_k_B")
 BITS = ("seed_B", "temperature_B", "top_p_B", "min_p_B", "repetition_B", "presence_B", "frequency_B")
-
-
 ROWS = 256  # of logits at a time, where all tokens of a prompt are scored
 
 
@@ -117,13 +115,13 @@ def fetch(running: Running) -> StepResult:
 
 def flat(plan: StepPlan) -> np.ndarray:
     """int32 [B, 12 + T + P]."""
-    columns = [getattr(plan, name).view(np.int32)[:, None] for name in (*WHOLE, *BITS)]
+    columns = [getattr(plan, name).view(np.int32)[:, None] for name in (*INTS, *BITS)]
     return np.concatenate([*columns, plan.tokens_BT, plan.pages_BP], axis=1)
 
 
 def columns(T: int, P: int) -> int:
     """Of ``flat``, for rows of T tokens and page tables of P."""
-    return len(WHOLE) + len(BITS) + T + P
+    return len(INTS) + len(BITS) + T + P
 
 
 @partial(jax.jit, static_argnames=("cfg", "mesh", "shape"), donate_argnames="state")
@@ -201,8 +199,8 @@ def _compute(
     cfg: ModelConfig, T: int, J: int, params: Params, cache_LPGX: Array, tokens_R: Array, flat_BI: Array,
     rows_Sb: Array | None,
 ) -> tuple[Computed, Array, Array]:  # fmt: skip
-    n_columns = len(WHOLE) + len(BITS)
-    start_B, length_B, feed_B, drafted_B, _ = flat_BI.T[: len(WHOLE)]
+    n_columns = len(INTS) + len(BITS)
+    start_B, length_B, feed_B, drafted_B, _ = flat_BI.T[: len(INTS)]
     tokens_BT, pages_BP = flat_BI[:, n_columns : n_columns + T], flat_BI[:, n_columns + T :]
     fed_B = jnp.where(feed_B >= 0, tokens_R[jnp.maximum(feed_B, 0)], tokens_BT[:, 0])
     tokens_BT = tokens_BT.at[:, 0].set(fed_B)
@@ -220,8 +218,8 @@ def _choose(
     x_BJD, drafts_BJ, columns_BI = computed
     B = len(x_BJD)
     ops = _ops(rows_Sb, B, cfg)
-    start_B, length_B, _, drafted_B, top_k_B = columns_BI.T[: len(WHOLE)]
-    seed_B, *real = columns_BI.T[len(WHOLE) :]
+    start_B, length_B, _, drafted_B, top_k_B = columns_BI.T[: len(INTS)]
+    seed_B, *real = columns_BI.T[len(INTS) :]
     temperature_B, top_p_B, min_p_B, *penalties = (lax.bitcast_convert_type(a, jnp.float32) for a in real)
     sampling = Sampling(
         lax.bitcast_convert_type(seed_B, jnp.uint32), temperature_B, top_k_B, top_p_B, min_p_B, *penalties

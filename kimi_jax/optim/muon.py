@@ -15,6 +15,7 @@ QK-Clip (Kimi K2, arXiv 2507.20534, section 2.1): see ``qk_clip``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +84,7 @@ def muon_clip(
     b2: float = 0.95,
     eps: float = 1e-8,
     orthogonalise: Callable[[Array, Layout, float, int, Any], Array] | None = None,
+    layouts: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The MuonClip transform: ``update(grads, state, params, max_logits=S)``, S [layers, heads] of this step's forward.
 
@@ -96,11 +98,13 @@ def muon_clip(
     ``split_fused``: orthogonalise each part of a ``Fused`` axis as its own matrix.
     ``orthogonalise``: takes the place of ``orthogonalised``, for matrices that lie spread over devices; leaves that are
     ``alike`` come as one.
+    ``layouts``: gives the ``Layout`` of every leaf of the parameters, which else follows from ``axes``.
     ``tau``: QK-Clip's threshold; ``None`` turns it off. Under gradient accumulation S is the maximum over microbatches.
     Rows of S are attention layers, each the module whose children are its projections, in the order of their paths,
     "layer_2" before "layer_10".
     """
     orthogonalise = orthogonalise or orthogonalised
+    layouts = layouts or partial(matrix_axes.layouts, axes=axes, split_fused=split_fused)
 
     def matrix_updates(grads: list[Array], buffers: list[Array], layout: Layout) -> list[Array]:
         directions = [momentum * b + g if nesterov else b for g, b in zip(grads, buffers, strict=True)]
@@ -109,66 +113,6 @@ def muon_clip(
         ends = [sum(len(d) for d in directions[: i + 1]) for i in range(len(directions) - 1)]
         return jnp.split(orthogonalise(jnp.concatenate(directions), layout, rms, ns_steps, ns_dtype), ends)
 
-    return _transform(
-        learning_rate,
-        lambda params: matrix_axes.layouts(params, axes, split_fused),
-        matrix_updates,
-        momentum=momentum,
-        momentum_dtype=momentum_dtype,
-        weight_decay=weight_decay,
-        tau=tau,
-        axes=axes,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-    )
-
-
-def adamw(
-    learning_rate: LearningRate,
-    *,
-    weight_decay: float = 0.1,
-    tau: float | None = None,
-    axes: Any | None = None,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-) -> optax.GradientTransformationExtraArgs:
-    """AdamW on every leaf but buffers, with QK-Clip if ``tau`` is given: what MuonClip is compared with."""
-
-    def layouts(params: Any) -> Any:
-        found = matrix_axes.layouts(params, axes, False)
-        return jax.tree.map(lambda layout: layout if layout.kind == FROZEN else Layout(ELEMENTWISE), found)
-
-    return _transform(
-        learning_rate,
-        layouts,
-        None,
-        momentum=0.0,
-        momentum_dtype=None,
-        weight_decay=weight_decay,
-        tau=tau,
-        axes=axes,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-    )
-
-
-def _transform(
-    learning_rate: LearningRate,
-    layouts: Callable[[Any], Any],
-    matrix_updates: Callable[[list[Array], list[Array], Layout], list[Array]] | None,
-    *,
-    momentum: float,
-    momentum_dtype: Any | None,
-    weight_decay: float,
-    tau: float | None,
-    axes: Any | None,
-    b1: float,
-    b2: float,
-    eps: float,
-) -> optax.GradientTransformationExtraArgs:
     def clipped(params: Any) -> tuple[dict[str, qk_clip.Clipped], tuple[int, int]]:
         if axes is None:
             return {}, (0, 0)
@@ -208,7 +152,6 @@ def _transform(
             """Steps and momenta of leaves whose matrices are taken as one stack."""
 
             def steps(grads: list[Array], firsts: list[Array], ps: list[Array]) -> list[tuple[Array, ...]]:
-                assert matrix_updates is not None
                 totals = [momentum * m.astype(jnp.float32) + g for g, m in zip(grads, firsts, strict=True)]
                 found = zip(matrix_updates(grads, totals, layout), ps, totals, firsts, strict=True)
                 return [(decayed(o, p), total.astype(first.dtype)) for o, p, total, first in found]
@@ -253,3 +196,24 @@ def _transform(
         return updates, MuonClipState(count, first, second, ever_clipped)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def adamw(
+    learning_rate: LearningRate,
+    *,
+    weight_decay: float = 0.1,
+    tau: float | None = None,
+    axes: Any | None = None,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW on every leaf but buffers, with QK-Clip if ``tau`` is given: what MuonClip is compared with."""
+
+    def layouts(params: Any) -> Any:
+        found = matrix_axes.layouts(params, axes, False)
+        return jax.tree.map(lambda layout: layout if layout.kind == FROZEN else Layout(ELEMENTWISE), found)
+
+    return muon_clip(
+        learning_rate, weight_decay=weight_decay, tau=tau, axes=axes, b1=b1, b2=b2, eps=eps, layouts=layouts
+    )

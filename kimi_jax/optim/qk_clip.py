@@ -29,7 +29,6 @@ class Clipped(NamedTuple):
     first: int
     n_layers: int
     stacked: bool
-    heads_axis: int
     parts: tuple[tuple[str, int], ...]
 
 
@@ -56,7 +55,7 @@ def clipped_leaves(axes: Any, params: Any) -> tuple[dict[str, Clipped], tuple[in
             if expected not in (None, n_layers) or heads not in (0, leaf.shape[-2]):
                 raise ValueError(f"{key}: number of layers or heads differs from its siblings'")
             expected, heads = n_layers, leaf.shape[-2]
-            found[key] = Clipped(total, n_layers, stacked, leaf.ndim - 2, last.parts)
+            found[key] = Clipped(total, n_layers, stacked, last.parts)
         total += expected or 0
     return found, (total, heads)
 

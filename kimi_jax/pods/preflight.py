@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,17 @@ def facts(config: Mapping[str, Any], workdir: Path | None) -> dict[str, str]:
     """Versions, a digest of our own sources, and every entry of the resolved config: the roll call compares them."""
     found = {"version of Python": platform.python_version()}
     found |= {f"version of {name}": _version(name) for name in PACKAGES}
-    return found | {"source code of kimi_jax": _sources(), "--workdir": str(workdir)} | _flat(config, "config")
+    found |= {"source code of kimi_jax": _sources(), "--workdir": str(workdir)}
+    return found | {key: repr(value) for key, value in entries("config", config)}
+
+
+def entries(name: str, config: Any) -> Iterator[tuple[str, Any]]:
+    """Every value in ``config``, at any depth, with its key as a command line has it."""
+    if not isinstance(config, Mapping):
+        yield name, config
+        return
+    for key, value in config.items():
+        yield from entries(f"{name}.{key}", value)
 
 
 def _version(package: str) -> str:
@@ -40,12 +50,6 @@ def _sources() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _flat(config: Any, name: str) -> dict[str, str]:
-    if not isinstance(config, Mapping):
-        return {name: repr(config)}
-    return {k: v for key, value in config.items() for k, v in _flat(value, f"{name}.{key}").items()}
 
 
 def check_devices(devices: list[Any], name: Callable[[int], str]) -> None:

@@ -3,7 +3,7 @@
 The devices of the "expert" axis have rows, sorted by expert and so by the device that holds it, and know of each other
 how many rows go to which expert. They travel in rounds, in buffers of R rows whatever the routing:
 
-    journey = WAYS[name](counts, R, r)            round r, in ``shard_map``
+    journey = WAYS[name].begin(counts, R, r)      round r, in ``shard_map``
     arrived_RX = journey.there(rows_AX)           rows for the experts here; where no expert, anything
     rows_AX = journey.back(results_RX, rows_AX)   results of this round's rows, in their places
 

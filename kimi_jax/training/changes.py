@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kimi_jax.pods.preflight import entries
 from kimi_jax.training.config import TrainConfig
 
 HOW = {"model.dtype", "model.remat", "model.experts", "data.cache", "data.tokenizer"}  # not what is computed
@@ -25,12 +26,4 @@ def changes(meta: Mapping[str, Any], cfg: TrainConfig, tokenizer: str) -> list[s
 def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from ((key, config[key]) for key in ("seed", "batch_size", "seq_len") if key in config)
     for part in ("model", "data"):
-        yield from _entries(part, config[part])
-
-
-def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _entries(f"{name}.{key}", entry)
-    elif name not in HOW:
-        yield name, value
+        yield from ((key, value) for key, value in entries(part, config[part]) if key not in HOW)

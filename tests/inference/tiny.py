@@ -1,4 +1,4 @@
-"""A model small enough for whole texts, and what it writes by the full forward pass alone."""
+"""The small model of all tests, and what it writes by the full forward pass alone."""
 
 from __future__ import annotations
 
@@ -10,28 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kimi_jax import presets
 from kimi_jax.config import ModelConfig
-from kimi_jax.dims import Params, map_specs
-from kimi_jax.model import KimiK2, specs
+from kimi_jax.dims import Params
+from kimi_jax.model import KimiK2
+from tests import tiny
 
-CFG = presets.tiny().replace(
-    vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
-    num_attention_heads=2, n_routed_experts=6, num_experts_per_tok=2, q_lora_rank=12, kv_lora_rank=8,
-    qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, dtype="float32", experts="looped",
-)  # fmt: skip
-
-
-@functools.cache
-def parameters(cfg: ModelConfig) -> Params:
-    rng = np.random.default_rng(0)
-
-    def draw(spec):
-        if spec.std is None:
-            return jnp.asarray(spec.fill + 0.2 * rng.standard_normal(spec.shape), jnp.float32)
-        return jnp.asarray(rng.standard_normal(spec.shape) / spec.shape[-2] ** 0.5, jnp.float32)
-
-    return map_specs(draw, specs(cfg))
+CFG = tiny.CFG.replace(experts="looped")
+parameters = functools.cache(tiny.parameters)
 
 
 @partial(jax.jit, static_argnums=1)

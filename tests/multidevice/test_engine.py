@@ -8,19 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from kimi_jax import presets
 from kimi_jax.inference.engine import Engine
 from kimi_jax.inference.limits import Limits
 from kimi_jax.inference.request import Request, Sampling
 from kimi_jax.inference.sharded import serving_mesh
 from kimi_jax.inference.weights import abstract, held, serving_params
+from tests import tiny
 from tests.inference.tiny import parameters
 
-CFG = presets.tiny().replace(
-    vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
-    num_attention_heads=8, n_routed_experts=16, num_experts_per_tok=2, q_lora_rank=12, kv_lora_rank=8,
-    qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, dtype="float32",
-)  # fmt: skip
+CFG = tiny.CFG.replace(num_attention_heads=8, n_routed_experts=16)
 SHAPES = {
     "every axis divides": CFG,
     "no axis divides": CFG.replace(num_attention_heads=3, n_routed_experts=6, intermediate_size=21, q_lora_rank=None),

@@ -10,35 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax import presets
 from kimi_jax.data.packing import Batch
-from kimi_jax.dims import is_spec, map_specs
+from kimi_jax.dims import is_spec
 from kimi_jax.model import specs
 from kimi_jax.sharding.mesh import MeshConfig
 from kimi_jax.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from kimi_jax.training.placement import placement
 from kimi_jax.training.step import ON_ONE_DEVICE, TrainState, batch_sums, optimizer, train_step
+from tests import tiny
 
 
 def config(dtype: str) -> TrainConfig:
-    model = presets.tiny().replace(
-        vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
-        num_attention_heads=2, n_routed_experts=6, num_experts_per_tok=2, q_lora_rank=12, kv_lora_rank=8,
-        qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, dtype=dtype,
-    )  # fmt: skip
     opt = OptimizerConfig(learning_rate=1e-2, ns_dtype="float32", ns_steps=1)
-    return TrainConfig(model, optimizer=opt, schedule=ScheduleConfig(warmup_steps=0), batch_size=8, seq_len=16)
+    schedule = ScheduleConfig(warmup_steps=0)
+    return TrainConfig(tiny.CFG.replace(dtype=dtype), optimizer=opt, schedule=schedule, batch_size=8, seq_len=16)
 
 
 def a_state(cfg: TrainConfig, seed: int = 0) -> TrainState:
-    rng = np.random.default_rng(seed)
-
-    def draw(spec):
-        if spec.std is None:
-            return jnp.asarray(spec.fill + 0.2 * rng.standard_normal(spec.shape), jnp.float32)
-        return jnp.asarray(rng.standard_normal(spec.shape) / spec.shape[-2] ** 0.5, jnp.float32)
-
-    params = map_specs(draw, specs(cfg.model))
+    params = tiny.parameters(cfg.model, seed)
     opt_state = optimizer(cfg).init(params)
     # Adam's first step is g / (|g| + eps): it would turn the rounding of a gradient near 0 into a step of its own.
     second = jax.tree.map(lambda v: jnp.full_like(v, 1e-6), opt_state.second)

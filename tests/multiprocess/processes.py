@@ -1,4 +1,4 @@
-"""Runs of ``python -m kimi_jax.train`` on several processes of this machine, with virtual devices, over gloo."""
+"""Commands in processes of this machine: ``kimi_jax.train`` on several, with virtual devices, over gloo; servers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import httpx
 
 from kimi_jax.checkpoint.manager import restore_params
 
@@ -100,6 +102,19 @@ class Launch:
 def free_port() -> int:
     with socket.create_server(("localhost", 0)) as server:
         return server.getsockname()[1]
+
+
+def wait_until_ready(url: str, process: subprocess.Popen, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the server did not start: {process.stderr and process.stderr.read()}"
+        try:
+            httpx.get(url + "/ready")
+            return
+        except httpx.TransportError:
+            time.sleep(0.05)
+    process.kill()
+    raise AssertionError(f"{url} does not answer after {seconds} s")
 
 
 def records(workdir: Path, kind: str = "train") -> list[dict]:

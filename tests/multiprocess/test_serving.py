@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -15,7 +14,7 @@ import pytest
 
 from kimi_jax import presets
 from tests.checkpoint.examples import random_tensors, save_hf
-from tests.multiprocess.processes import free_port
+from tests.multiprocess.processes import free_port, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 MODEL = presets.tiny().replace(
@@ -66,13 +65,7 @@ def test_process_0_answers_for_both(folder, end):
     limits = ("--max-model-len", "64", "--cache-tokens", "1024", "--max-rows", "4")
     first, second = start(folder, "serve", 2, "--port", str(port), *limits)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(1200):
-        try:
-            httpx.get(url + "/ready")
-            break
-        except httpx.TransportError:
-            assert first.poll() is None, first.stderr and first.stderr.read()
-            time.sleep(0.1)
+    wait_until_ready(url, first)
     ask = {"model": "kimi_jax", "prompt": "def main(", "max_tokens": 5, "temperature": 0}
     texts = {httpx.post(url + "/v1/completions", json=ask, timeout=300).json()["choices"][0]["text"] for _ in range(2)}
     assert len(texts) == 1

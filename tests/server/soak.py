@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import httpx
 
 from kimi_jax import presets
 from tests.checkpoint.examples import random_tensors, save_hf
+from tests.multiprocess.processes import free_port, wait_until_ready
 from tests.server.test_fuzz import requests
 
 ROOT = Path(__file__).parents[2]
@@ -182,24 +182,12 @@ def start(folder: Path, port: int) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "kimi_jax.serve", *arguments], env=env, stderr=log)
 
 
-def wait_until_ready(url: str, server: subprocess.Popen) -> None:
-    while True:
-        assert server.poll() is None, "the server did not start"
-        try:
-            httpx.get(url + "/ready")
-            return
-        except httpx.TransportError:
-            time.sleep(0.2)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     args = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder, url = Path(tempfile.mkdtemp()), f"http://127.0.0.1:{port}"
+    folder, port = Path(tempfile.mkdtemp()), free_port()
+    url = f"http://127.0.0.1:{port}"
     print(f"the server's log: {folder / 'server.log'}", flush=True)
     server = start(folder, port)
     try:

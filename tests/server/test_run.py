@@ -3,40 +3,31 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.multiprocess.processes import free_port, wait_until_ready
+
 SCRIPT = """
-import socket
+import sys
 from tests.server.fake import FakeEngine
 from kimi_jax.server.app import create_app
 from kimi_jax.server.run import serve
 from kimi_jax.server.service import Service
-with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    port = s.getsockname()[1]
-print(port, flush=True)
 engine = FakeEngine(delay=0.01)
-serve(create_app(Service(engine, engine.tokenizer, ["kimi"])), port=port)
+serve(create_app(Service(engine, engine.tokenizer, ["kimi"])), port=int(sys.argv[1]))
 """
 
 
 @pytest.fixture
 def process():
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        for _ in range(500):
-            try:
-                httpx.get(url + "/ready")
-                break
-            except httpx.TransportError:
-                time.sleep(0.02)
+    root, port = Path(__file__).parents[2], free_port()
+    command = [sys.executable, "-c", SCRIPT, str(port)]
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, process)
         yield process, url
         process.kill()
 

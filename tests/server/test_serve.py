@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
 from kimi_jax import presets, serve
 from tests import command_line
 from tests.checkpoint.examples import random_tensors, save_hf
+from tests.multiprocess.processes import free_port, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -47,20 +45,12 @@ def test_bad_requests(arguments, code, says):
 def test_a_checkpoint_answers(tmp_path):
     model = presets.tiny().replace(vocab_size=512)
     save_hf(tmp_path / "hf", {name: w * 0.1 for name, w in random_tensors(model).items()}, model)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = ("--checkpoint", str(tmp_path / "hf"), "--tokenizer", "bytes", "--port", str(port), "--api-key", "k")
     arguments += ("--max-model-len", "4096", "--cache-tokens", "1024", "--max-rows", "4")
     with subprocess.Popen(command(*arguments), cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True) as process:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            try:
-                httpx.get(url + "/ready")
-                break
-            except httpx.TransportError:
-                assert process.poll() is None, process.stderr and process.stderr.read()
-                time.sleep(0.1)
+        wait_until_ready(url, process)
         client = openai.OpenAI(base_url=url + "/v1", api_key="k", max_retries=0)
         ask = dict(model="kimi_jax", prompt="ab", max_tokens=5, temperature=0)
         first, again = (client.completions.create(**ask) for _ in range(2))  # type: ignore[call-overload]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ import pytest
 from kimi_jax import train as train_command
 from kimi_jax.training import loop
 from tests import command_line
+from tests.multiprocess.processes import losses, records
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,16 +62,10 @@ def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def losses(workdir: Path) -> list[tuple[int, float]]:
-    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
-
-
 def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
     deadline = time.time() + 200
     while time.time() < deadline and process.poll() is None:
-        path = workdir / "metrics.jsonl"
-        if path.exists() and path.read_text().count('"kind": "train"') >= step:
+        if len(records(workdir)) >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} not reached: exit code {process.poll()}")
@@ -95,7 +89,7 @@ def test_every_step_is_recorded(uninterrupted):
     found = losses(uninterrupted)
     assert [step for step, _ in found] == list(range(1, 41))
     assert found[-1][1] < 0.8 * found[0][1]
-    record = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[0])
+    record = records(uninterrupted)[0]
     for name in ("bits_per_byte", "tokens_per_second", "flops_per_second", "mfu", "max_logit_per_layer",
                  "heads_clipped", "heads_ever_clipped", "load_imbalance", "update_rms", "grad_norm"):  # fmt: skip
         assert name in record

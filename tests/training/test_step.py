@@ -11,18 +11,15 @@ import numpy as np
 import optax
 import pytest
 
-from kimi_jax import presets
 from kimi_jax.data.packing import Batch
 from kimi_jax.dims import map_specs
 from kimi_jax.model import KimiK2, specs
 from kimi_jax.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from kimi_jax.training.step import TrainState, Whole, batch_sums, eval_step, init_state, optimizer, train_step
+from tests import tiny
 
-MODEL = presets.tiny().replace(
-    vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
-    num_attention_heads=2, n_routed_experts=6, num_experts_per_tok=2, q_lora_rank=12, kv_lora_rank=8,
-    qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, dtype="float32", experts="ragged",
-)  # fmt: skip
+MODEL = tiny.CFG.replace(experts="ragged")
+parameters = partial(tiny.parameters, MODEL)
 CFG = TrainConfig(
     MODEL,
     optimizer=OptimizerConfig(learning_rate=1e-2, ns_dtype="float32", max_grad_norm=0.3),
@@ -32,17 +29,6 @@ CFG = TrainConfig(
     balance_loss_weight=0.1,
     bias_update_rate=0.01,
 )
-
-
-def parameters(seed=0):
-    rng = np.random.default_rng(seed)
-
-    def draw(spec):
-        if spec.std is None:
-            return jnp.asarray(spec.fill + 0.2 * rng.standard_normal(spec.shape), jnp.float32)
-        return jnp.asarray(rng.standard_normal(spec.shape) / spec.shape[-2] ** 0.5, jnp.float32)
-
-    return map_specs(draw, specs(MODEL))
 
 
 def a_batch() -> Batch:
