@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from kimi_jax import cli
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 if TYPE_CHECKING:
     from kimi_jax.inference.request import Event
@@ -58,6 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_new_tokens < 1 or args.max_rows < 1 or (args.cache_tokens is not None and args.cache_tokens < 1):
         parser.error("--max-new-tokens, --max-rows and --cache-tokens must be at least 1")
+    if args.prompt and args.prompt.encode(errors="ignore").decode() != args.prompt:
+        parser.error("--prompt is not UTF-8")
     if args.output and not args.batch:
         parser.error("--output is for the answers to --batch")
     if args.output and args.batch.resolve() in (args.output.resolve(), unfinished(args.output.resolve())):
@@ -79,7 +82,7 @@ def generate(args, session: Session) -> None:
     if session.process:
         return follow(session, load_to_serve(args.checkpoint, args.tokenizer, args.dtype, args.weights))
     jobs = offline.read(args.batch, default) if args.batch else [offline.Job(0, None, args.prompt, default)]
-    with whole(args.output) as out:
+    with whole(args.output) as write:
         model = load_to_serve(args.checkpoint, args.tokenizer, args.dtype, args.weights)
         jobs = offline.encode(jobs, model.tokenizer, model.cfg)
         requests = [job.request for job in jobs]
@@ -93,8 +96,7 @@ def generate(args, session: Session) -> None:
             for answer in offline.answers(jobs, progress.watch(events)):
                 line = json.dumps(answer, ensure_ascii=False)
                 # An id may hold half a surrogate pair, which UTF-8 cannot.
-                out.write(line.encode(errors="backslashreplace").decode() + "\n")
-                out.flush()
+                write(line.encode(errors="backslashreplace").decode() + "\n")
                 progress.answered()
     progress.close()
 
@@ -111,22 +113,30 @@ def show(prompt: str, events: Iterable[Event]) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path | None) -> Iterator[TextIO]:
-    """stdout, or a file that has another name until it is whole."""
+def whole(path: Path | None) -> Iterator[Callable[[str], None]]:
+    """What writes to stdout, or to a file that has another name until it is whole."""
     if path is None:
-        yield sys.stdout
+        yield functools.partial(print, end="", flush=True)
         return
     if path.is_dir():
         raise UserError(f"--output: {path} is a directory")
     special = path.exists() and not path.is_file()  # a pipe or a device is written to as it is
     path = path if special else path.resolve()  # a link stays one
     written = path if special else unfinished(path)
-    try:
+    named = functools.partial(os_errors_as, f"--output: cannot write {written}")
+    with named():
         file = open(written, "w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output: cannot write {written}: {error.strerror}") from error
-    with file:
-        yield file
+
+    def write(text: str) -> None:
+        with named():
+            file.write(text)
+            file.flush()
+
+    try:
+        yield write
+    finally:
+        with named():
+            file.close()
     if not special:
         written.replace(path)
 

@@ -193,6 +193,13 @@ def test_answers_go_where_a_link_or_a_pipe_leads(checkpoint, monkeypatch, tmp_pa
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_a_full_disk_is_said(checkpoint, monkeypatch, tmp_path):
+    path = write(tmp_path / "prompts.jsonl", [{"prompt": "ab"}])
+    given = ["--checkpoint", checkpoint, "--batch", path, "--tokenizer", "bytes", "--max-new-tokens", 5]
+    with pytest.raises(UserError, match="^--output: cannot write /dev/full: No space left on device"):
+        run(monkeypatch, *given, "--output", "/dev/full")
+
+
 @pytest.mark.parametrize("name", ["prompts.part", "prompts"])
 def test_answers_do_not_take_the_place_of_the_prompts(monkeypatch, capsys, tmp_path, name):
     path = write(tmp_path / "prompts.part", [{"prompt": "ab"}])
@@ -210,7 +217,13 @@ def test_a_prompt_that_is_too_long_is_refused(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--prompt", "a", "--batch", "b"), ("--prompt", "a", "--output", "b"), ("--prompt", "a", "--max-rows", 0)],
+    [
+        (),
+        ("--prompt", "a", "--batch", "b"),
+        ("--prompt", "a", "--output", "b"),
+        ("--prompt", "a", "--max-rows", 0),
+        ("--prompt", os.fsdecode(b"a\xff")),
+    ],
 )
 def test_flags_that_make_no_sense_together(monkeypatch, capsys, flags):
     with pytest.raises(SystemExit) as exit:
