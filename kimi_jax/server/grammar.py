@@ -17,6 +17,8 @@ from kimi_jax.server import schema as schemas
 # White space is one space, or a new line and its indentation: sampling cannot pad without end. There is no \uXXXX, by
 # which an additional property could take a declared name.
 _WHITE_SPACE = r" |\n[ \t]{0,32}"
+# An object takes four items in a row for each optional property, and many more for a mask.
+LIMITS = llguidance.LLParserLimits(max_items_in_row=20_000, step_max_items=500_000)
 _ESCAPES = 'nrbtf\\"'
 
 
@@ -49,7 +51,7 @@ class Vocabulary:
         return Matcher(self.compiled(grammar).deep_copy(), len(self.mask_of([])))
 
     def _compile(self, grammar: str) -> llguidance.LLMatcher:
-        matcher = llguidance.LLMatcher(self.ll_tokenizer, grammar, log_level=0)
+        matcher = llguidance.LLMatcher(self.ll_tokenizer, grammar, log_level=0, limits=LIMITS)
         if not matcher.is_error():
             matcher.compute_bitmask()  # finds what has no first token
         if matcher.is_error():

@@ -56,6 +56,14 @@ def test_what_dialects_and_readers_disagree_on(schema, fits, vocabulary, tokeniz
     assert len(texts) > 20 and all(fits(text) for text in texts)
 
 
+def test_an_object_of_thousands_of_optional_properties(vocabulary, tokenizer):
+    matcher = vocabulary.matcher(grammar.of_schema(obj(**{f"p{i}": INT for i in range(3000)})))
+    for token in tokenizer.encode('{"p5":1,"p2999":2}'):
+        assert token in allowed(matcher.mask())
+        matcher.accept(token)
+    assert set(allowed(matcher.mask())) >= tokenizer.stop_ids
+
+
 @pytest.mark.parametrize("schema", REFUSED, ids=lambda s: json.dumps(s)[:60])
 def test_what_cannot_be_enforced_is_refused(schema, vocabulary):
     with pytest.raises(UserError) as caught:
