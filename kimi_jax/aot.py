@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_jax import cli
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 
 PROG = "python -m kimi_jax.aot"
 EXAMPLES = f"""\
@@ -153,12 +153,9 @@ def _in_a_process(args: Any, overrides: list[str]) -> dict[str, Any] | None:
 
 def _check_writable(path: Path) -> None:
     """Before minutes of compiling, not after them."""
-    try:
+    with os_errors_as(f"cannot write to {path.parent}, choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
+        tempfile.TemporaryFile(dir=path.parent).close()
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file")
 

@@ -13,12 +13,10 @@ from kimi_jax import presets
 from kimi_jax.dims import is_spec, map_specs
 from kimi_jax.errors import UserError
 from kimi_jax.model import KimiK2, in_compute_dtype, init_params, lookup, parameter_count, specs
+from tests import tiny
+from tests.tiny import parameters
 
-CFG = presets.tiny().replace(
-    vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=10, num_hidden_layers=3,
-    num_attention_heads=2, n_routed_experts=6, num_experts_per_tok=2, q_lora_rank=12, kv_lora_rank=8,
-    qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, dtype="float32", experts="ragged",
-)  # fmt: skip
+CFG = tiny.CFG.replace(experts="ragged")
 VARIANTS = {
     "base": CFG,
     "no dense layers": CFG.replace(first_k_dense_replace=0),
@@ -28,18 +26,6 @@ VARIANTS = {
     "no query latent": CFG.replace(q_lora_rank=None),
     "bfloat16": CFG.replace(dtype="bfloat16", param_dtype="bfloat16", experts="fastest"),
 }
-
-
-def parameters(cfg, seed=0):
-    """Weights, gains and biases all different from where they start."""
-    rng = np.random.default_rng(seed)
-
-    def draw(spec):
-        if spec.std is None:
-            return jnp.asarray(spec.fill + 0.2 * rng.standard_normal(spec.shape), jnp.float32)
-        return jnp.asarray(rng.standard_normal(spec.shape) / spec.shape[-2] ** 0.5, jnp.float32)
-
-    return map_specs(draw, specs(cfg))
 
 
 def shapes(cfg):

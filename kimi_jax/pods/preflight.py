@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 from kimi_jax.pods.roll_call import different
 from kimi_jax.pods.total import Total
 
@@ -77,7 +77,7 @@ def check_collective(devices: list[Any]) -> None:
 def check_workdir(workdir: Path, mark: str, wait_for_all: Callable[[], None], name: str) -> None:
     """``workdir`` has to be one folder that all processes see: process 0 leaves a mark there."""
     path = workdir / f".start-{mark}"
-    try:
+    with os_errors_as(f"cannot write to the workdir {workdir}"):
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
             path.touch()
@@ -87,5 +87,3 @@ def check_workdir(workdir: Path, mark: str, wait_for_all: Callable[[], None], na
         wait_for_all()
         if jax.process_index() == 0:
             path.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}") from error

@@ -29,7 +29,7 @@ from kimi_jax.data.ngram import First, order2_bits_per_byte
 from kimi_jax.data.packing import Batch
 from kimi_jax.data.pipeline import EvalData, TrainData, split_bytes
 from kimi_jax.dims import Array, Params
-from kimi_jax.errors import UserError
+from kimi_jax.errors import UserError, os_errors_as
 from kimi_jax.flops import peak_flops, training_flops_per_token
 from kimi_jax.host_memory import keep_freed_memory
 from kimi_jax.inference import offline
@@ -334,13 +334,11 @@ def _check_fit(cfg: TrainConfig, vocab_size: int) -> None:
 
 
 def _make_writable(workdir: Path) -> None:
-    try:
+    with os_errors_as(f"cannot write to the workdir {workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{jax.process_index()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}") from error
 
 
 def train(cfg: TrainConfig, workdir: Path, session: Session | None = None) -> None:
